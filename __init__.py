@@ -1,0 +1,1 @@
+"""featlas: a feature atlas of neural networks."""

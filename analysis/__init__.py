@@ -1,0 +1,1 @@
+"""The science on top of the stored graph: circuits, figures, reports."""

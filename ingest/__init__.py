@@ -1,0 +1,1 @@
+"""Jobs that measure a model and stream rows into the stores."""

@@ -1,0 +1,1 @@
+"""The network under study: sites, local functions, dictionaries, tasks, metrics."""

@@ -1,0 +1,136 @@
+"""Sites of a transformer and the graph of who reads whom.
+
+A transformer is a directed acyclic graph of sites: `embed` (the input of block 0), `attn_l` and `mlp_l` (what is
+added to the residual stream, after any post-norm), `resid_l` (after block l) and the output `y` (a scalar metric of
+the logits). A site may be left out: its readers then read its parents, and the local function becomes the composition.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from ..errors import UserError
+
+
+class UnknownSite(UserError):
+    """A name is no site of this model."""
+
+
+class SiteKind(StrEnum):
+    """What a site holds; the value is the stem of its name."""
+
+    EMBED = "embed"
+    ATTN = "attn"
+    MLP = "mlp"
+    RESID = "resid"
+    OUTPUT = "y"
+
+
+# Within one layer attention comes before the MLP, and both before the sum.
+_RANK = {SiteKind.EMBED: 0, SiteKind.ATTN: 1, SiteKind.MLP: 2, SiteKind.RESID: 3, SiteKind.OUTPUT: 4}
+_LAYERED = (SiteKind.ATTN, SiteKind.MLP, SiteKind.RESID)
+_NAME = re.compile(r"(embed|y)|(attn|mlp|resid)_(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One place in the network; `layer` is -1 where a site has none (`embed`, `y`)."""
+
+    kind: SiteKind
+    layer: int = -1
+
+    def __post_init__(self) -> None:
+        if (self.kind in _LAYERED) != (self.layer >= 0):
+            raise UnknownSite(f"site {self.kind.value!r} with layer {self.layer}: attn, mlp and resid have a layer >= 0, embed and y have none")
+
+    @property
+    def name(self) -> str:
+        """`embed`, `attn_3`, `mlp_3`, `resid_3` or `y`."""
+        return f"{self.kind.value}_{self.layer}" if self.kind in _LAYERED else self.kind.value
+
+    def __str__(self) -> str:
+        return self.name
+
+
+EMBED = Site(SiteKind.EMBED)
+OUTPUT = Site(SiteKind.OUTPUT)
+
+
+def parse_site(name: str) -> Site:
+    """The site that a user or a folder names; raises `UnknownSite`."""
+    match = _NAME.fullmatch(name.strip())
+    if match is None:
+        raise UnknownSite(f"unknown site {name!r}: a site is embed, attn_L, mlp_L or resid_L with a layer L, for example resid_3")
+    plain, stem, layer = match.groups()
+    return Site(SiteKind(plain)) if plain else Site(SiteKind(stem), int(layer))
+
+
+@dataclass(frozen=True)
+class SiteGraph:
+    """The sites chosen for a model, in topological order, `y` last, and who reads whom among them.
+
+    `parallel` says that attention and MLP both read the block's input (GPT-NeoX with parallel residual).
+    """
+
+    n_layers: int
+    parallel: bool
+    sites: tuple[Site, ...]
+
+    @staticmethod
+    def of(n_layers: int, parallel: bool, sites: Iterable[Site]) -> "SiteGraph":
+        """The graph over `sites` (`y` is added); raises `UnknownSite` for a layer that the model lacks."""
+        chosen = set(sites) | {OUTPUT}
+        for site in chosen:
+            if site.layer >= n_layers:
+                raise UnknownSite(f"unknown site {site.name!r}: this model has layers 0 to {n_layers - 1}")
+        if len(chosen) == 1:
+            raise UnknownSite("no site was chosen: name at least one, for example resid_0")
+        key = lambda s: (n_layers if s.kind is SiteKind.OUTPUT else s.layer, _RANK[s.kind])  # noqa: E731
+        return SiteGraph(n_layers, parallel, tuple(sorted(chosen, key=key)))
+
+    def architectural_parents(self, site: Site) -> tuple[Site, ...]:
+        """Parents of a site in the full architecture, whether or not they were chosen."""
+        if site.kind is SiteKind.EMBED:
+            return ()
+        if site.kind is SiteKind.OUTPUT:
+            return (Site(SiteKind.RESID, self.n_layers - 1),)
+        before = Site(SiteKind.RESID, site.layer - 1) if site.layer > 0 else EMBED
+        attn, mlp = Site(SiteKind.ATTN, site.layer), Site(SiteKind.MLP, site.layer)
+        if site.kind is SiteKind.ATTN:
+            return (before,)
+        if site.kind is SiteKind.MLP:
+            return (before,) if self.parallel else (before, attn)
+        return (before, attn, mlp)
+
+    @cached_property
+    def _parents(self) -> dict[Site, tuple[Site, ...]]:
+        position = {site: i for i, site in enumerate(self.sites)}
+        resolved: dict[Site, frozenset[Site]] = {}
+
+        def sources(site: Site) -> frozenset[Site]:
+            """The chosen sites that the value of `site` is read from when it is itself not chosen."""
+            if site in position:
+                return frozenset((site,))
+            if site not in resolved:
+                parents = self.architectural_parents(site)
+                resolved[site] = frozenset().union(*(sources(p) for p in parents)) if parents else frozenset()
+            return resolved[site]
+
+        # Layers in ascending order first, so that the recursion never goes deeper than one layer.
+        for layer in range(self.n_layers):
+            sources(Site(SiteKind.RESID, layer))
+        return {
+            site: tuple(sorted(frozenset().union(*(sources(p) for p in self.architectural_parents(site))), key=position.__getitem__))
+            if self.architectural_parents(site) else ()
+            for site in self.sites
+        }
+
+    def parents(self, site: Site) -> tuple[Site, ...]:
+        """The chosen sites that `site` reads, in topological order; empty where the graph starts."""
+        return self._parents[site]
+
+    def readers(self, site: Site) -> tuple[Site, ...]:
+        """The chosen sites (and `y`) that read `site`, in topological order."""
+        return tuple(d for d in self.sites if site in self._parents[d])
