@@ -28,6 +28,13 @@ class SiteKind(StrEnum):
     OUTPUT = "y"
 
 
+class Basis(StrEnum):
+    """In which basis a site's value is read."""
+
+    RESIDUAL = "residual"  # as added to (or held in) the residual stream
+    HEADS = "heads"  # concatenated head outputs before the attention's output projection (`hook_z`)
+
+
 # Within one layer attention comes before the MLP, and both before the sum.
 _RANK = {SiteKind.EMBED: 0, SiteKind.ATTN: 1, SiteKind.MLP: 2, SiteKind.RESID: 3, SiteKind.OUTPUT: 4}
 _LAYERED = (SiteKind.ATTN, SiteKind.MLP, SiteKind.RESID)
@@ -87,7 +94,7 @@ class SiteGraph:
                 raise UnknownSite(f"unknown site {site.name!r}: this model has layers 0 to {n_layers - 1}")
         if len(chosen) == 1:
             raise UnknownSite("no site was chosen: name at least one, for example resid_0")
-        key = lambda s: (n_layers if s.kind is SiteKind.OUTPUT else s.layer, _RANK[s.kind])  # noqa: E731
+        key = lambda s: (n_layers if s.kind is SiteKind.OUTPUT else s.layer, _RANK[s.kind])
         return SiteGraph(n_layers, parallel, tuple(sorted(chosen, key=key)))
 
     def architectural_parents(self, site: Site) -> tuple[Site, ...]:
@@ -105,25 +112,28 @@ class SiteGraph:
         return (before, attn, mlp)
 
     @cached_property
+    def _sources(self) -> dict[Site, tuple[Site, ...]]:
+        """For every site of the architecture the chosen sites that its value is read from (a chosen site: itself)."""
+        position = {site: i for i, site in enumerate(self.sites)}
+        resolved: dict[Site, tuple[Site, ...]] = {}
+        layers = range(self.n_layers)
+        for site in (EMBED, *(Site(kind, layer) for layer in layers for kind in _LAYERED), OUTPUT):
+            above = {source for parent in self.architectural_parents(site) for source in resolved[parent]}
+            resolved[site] = (site,) if site in position else tuple(sorted(above, key=position.__getitem__))
+        return resolved
+
+    def sources(self, site: Site) -> tuple[Site, ...]:
+        """The chosen sites that feed the value of any site of the architecture: itself if chosen, else what it is composed from.
+
+        Empty for what no chosen site feeds: such a value stays at its clean state.
+        """
+        return self._sources[site]
+
+    @cached_property
     def _parents(self) -> dict[Site, tuple[Site, ...]]:
         position = {site: i for i, site in enumerate(self.sites)}
-        resolved: dict[Site, frozenset[Site]] = {}
-
-        def sources(site: Site) -> frozenset[Site]:
-            """The chosen sites that the value of `site` is read from when it is itself not chosen."""
-            if site in position:
-                return frozenset((site,))
-            if site not in resolved:
-                parents = self.architectural_parents(site)
-                resolved[site] = frozenset().union(*(sources(p) for p in parents)) if parents else frozenset()
-            return resolved[site]
-
-        # Layers in ascending order first, so that the recursion never goes deeper than one layer.
-        for layer in range(self.n_layers):
-            sources(Site(SiteKind.RESID, layer))
         return {
-            site: tuple(sorted(frozenset().union(*(sources(p) for p in self.architectural_parents(site))), key=position.__getitem__))
-            if self.architectural_parents(site) else ()
+            site: tuple(sorted({s for p in self.architectural_parents(site) for s in self._sources[p]}, key=position.__getitem__))
             for site in self.sites
         }
 

@@ -1,0 +1,427 @@
+"""Binding: where a Hugging Face model keeps its sites, and its local functions in plain torch.
+
+1. `bind` finds each block's parts (norms, attention, MLP, output projection) by one row of names per family.
+2. It composes every block by hand on a probe input and compares with the model's own block: an architecture that
+   does not compose as (attention, MLP, sum) is refused there, not discovered later in wrong numbers.
+3. `Binding.forward` runs the model and records, or replaces, the values of chosen sites by hooks that are always removed.
+4. `LocalFunction` recomputes one site from its parents' values alone, norms and attention patterns included.
+
+The value of a site is what its dictionary reads: for `Basis.RESIDUAL` what is added to (or in) the residual stream,
+for `Basis.HEADS` the concatenated head outputs before the output projection (`hook_z`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FeatlasError, UserError
+from .sites import EMBED, Basis, Site, SiteGraph, SiteKind
+
+BINDING_TOLERANCE = 1e-4
+"""Relative error above which a hand-composed block is refused (fp32 models measure 0 to 1e-7)."""
+
+
+class UnknownArchitecture(UserError):
+    """The model is of no family whose blocks are known, or its blocks do not compose as expected."""
+
+
+class HookLeftBehind(FeatlasError):
+    """A hook was still on the model where none should be."""
+
+
+class TooLong(UserError):
+    """A sequence is longer than the model's context."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of one transformer block; `post_*` are identities where the family has no post-norm."""
+
+    module: nn.Module
+    ln_attn: nn.Module
+    attn: nn.Module
+    out_proj: nn.Module
+    post_attn: nn.Module
+    ln_mlp: nn.Module
+    mlp: nn.Module
+    post_mlp: nn.Module
+
+
+@dataclass
+class Forward:
+    """What one run of the model left behind.
+
+    values: site → (batch, pos, width). logits: (batch, vocab) at the last position, None when the run stopped early.
+    attention: per layer the arguments that its attention got besides the hidden states (masks, rotary tables).
+    """
+
+    values: dict[Site, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None
+    attention: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+
+
+class _Stop(Exception):
+    """Ends a run once the last wanted site is recorded."""
+
+
+Patch = Callable[[Tensor], Tensor]
+
+
+# First name present wins; a family differs from the next only in these words.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "attn": ("self_attn", "attention", "attn"),
+    "out_proj": ("o_proj", "dense", "c_proj"),
+    "ln_attn": ("input_layernorm", "ln_1"),
+    "ln_mlp": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"),
+    "mlp": ("mlp",),
+    "layers": ("layers", "h"),
+    "norm": ("norm", "final_layer_norm", "ln_f"),
+}
+
+
+def _part(owner: nn.Module, role: str) -> nn.Module:
+    for name in _NAMES[role]:
+        found = getattr(owner, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise UnknownArchitecture(
+        f"{type(owner).__name__} has no part {' or '.join(_NAMES[role])}: "
+        "families known are GPT-2, GPT-NeoX, Llama, Qwen2, Qwen3, Mistral, Gemma-2 and Gemma-3"
+    )
+
+
+def _block(module: nn.Module) -> Block:
+    attn = _part(module, "attn")
+    # Gemma alone has post-norms; there `post_attention_layernorm` acts on the attention's output, elsewhere it is the MLP's pre-norm.
+    gemma = hasattr(module, "pre_feedforward_layernorm")
+    return Block(
+        module=module,
+        ln_attn=_part(module, "ln_attn"),
+        attn=attn,
+        out_proj=_part(attn, "out_proj"),
+        post_attn=module.post_attention_layernorm if gemma else nn.Identity(),  # type: ignore[arg-type]
+        ln_mlp=_part(module, "ln_mlp"),
+        mlp=_part(module, "mlp"),
+        post_mlp=module.post_feedforward_layernorm if gemma else nn.Identity(),  # type: ignore[arg-type]
+    )
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The plain torch module inside a `LoadedModel`, an nnsight `LanguageModel` or a TransformerLens bridge."""
+    for attribute in ("module", "_module", "original_model"):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module):
+            return inner
+    if isinstance(model, nn.Module):
+        return model
+    raise UnknownArchitecture(
+        f"{type(model).__name__} holds no torch module: pass a LoadedModel, an nnsight LanguageModel or a Hugging Face causal language model"
+    )
+
+
+class Binding:
+    """A causal language model seen as sites and local functions."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        config: Any = module.config
+        trunk = getattr(module, getattr(module, "base_model_prefix", "model"), None)
+        if not isinstance(trunk, nn.Module):
+            raise UnknownArchitecture(f"{type(module).__name__} has no base model: pass a causal language model")
+        self.blocks: tuple[Block, ...] = tuple(_block(b) for b in _part(trunk, "layers").children())
+        self.final_norm = _part(trunk, "norm")
+        self.unembedding: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
+        self.n_layers = len(self.blocks)
+        self.d_model = int(config.hidden_size)
+        self.n_heads = int(config.num_attention_heads)
+        self.parallel = bool(getattr(config, "use_parallel_residual", False))
+        self.context = int(getattr(config, "max_position_embeddings", 0) or 0)
+        weight = self.blocks[0].out_proj.weight
+        # Conv1D (GPT-2) keeps its weight as (in, out), Linear as (out, in).
+        self.d_heads = int(weight.shape[1] if isinstance(self.blocks[0].out_proj, nn.Linear) else weight.shape[0])  # type: ignore[index]
+        self.head_dim = self.d_heads // self.n_heads
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def width(self, site: Site, basis: Basis = Basis.RESIDUAL) -> int:
+        """The width of a site's value; raises `UserError` for a basis that the site lacks."""
+        if basis is Basis.HEADS:
+            if site.kind is not SiteKind.ATTN:
+                raise UserError(f"site {site.name} has no attention heads: the heads basis (hook_z) belongs to attn_L sites only")
+            return self.d_heads
+        return self.d_model
+
+    def graph(self, sites: Iterable[Site]) -> SiteGraph:
+        """The graph of who reads whom over `sites` in this model."""
+        return SiteGraph.of(self.n_layers, self.parallel, sites)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise UserError(f"tokens have shape {tuple(tokens.shape)}: a batch of non-empty sequences, (batch, pos), is needed")
+        if self.context and tokens.shape[1] > self.context:
+            raise TooLong(
+                f"a sequence of {tokens.shape[1]} tokens is longer than the model's context of {self.context}: shorten or split it"
+            )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        bases: Mapping[Site, Basis],
+        *,
+        patches: Mapping[Site, Patch] | None = None,
+        stop_early: bool = False,
+        keep_attention: bool = False,
+    ) -> Forward:
+        """Run the model on `tokens` (batch, pos), equal lengths without padding, recording the values of the sites in `bases`.
+
+        `patches` replaces a site's value by a function of it before anything reads it. With `stop_early` the run ends
+        after the last recorded site and there are no logits. Gradients flow as torch's grad mode says.
+        """
+        self._check_tokens(tokens)
+        run = Forward()
+        wanted = dict(bases)
+        last = max((_order(s, self.n_layers) for s in wanted), default=None) if stop_early else None
+        with self._hooks(run, wanted, patches or {}, last, keep_attention):
+            try:
+                output = self.module(input_ids=tokens.to(self.device), use_cache=False, logits_to_keep=1)
+                run.logits = output.logits[:, -1]  # (batch, vocab)
+            except _Stop:
+                pass
+        return run
+
+    @contextmanager
+    def _hooks(
+        self, run: Forward, wanted: Mapping[Site, Basis], patches: Mapping[Site, Patch], last: tuple[int, int] | None, keep_attention: bool
+    ) -> Iterator[None]:
+        handles: list[Any] = []
+
+        def seen(site: Site, value: Tensor) -> Tensor:
+            if site in patches:
+                value = patches[site](value)
+            if site in wanted:
+                run.values[site] = value
+            if last is not None and _order(site, self.n_layers) == last:
+                raise _Stop
+            return value
+
+        try:
+            handles.extend(self._hook(site, wanted.get(site, Basis.RESIDUAL), seen) for site in {*wanted, *patches})
+            if keep_attention:
+                for layer, block in enumerate(self.blocks):
+                    handles.append(block.attn.register_forward_pre_hook(_keep(run, layer), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, site: Site, basis: Basis, seen: Callable[[Site, Tensor], Tensor]) -> Any:
+        """Put one hook where `site` has its value."""
+        if site == EMBED:
+            return self.blocks[0].module.register_forward_pre_hook(lambda m, args: (seen(site, args[0]), *args[1:]))
+        block = self.blocks[site.layer]
+        if site.kind is SiteKind.ATTN and basis is Basis.HEADS:
+            return block.out_proj.register_forward_pre_hook(lambda m, args: (seen(site, args[0]), *args[1:]))
+        module = {
+            SiteKind.ATTN: block.attn if isinstance(block.post_attn, nn.Identity) else block.post_attn,
+            SiteKind.MLP: block.mlp if isinstance(block.post_mlp, nn.Identity) else block.post_mlp,
+            SiteKind.RESID: block.module,
+        }[site.kind]
+
+        def after(m: nn.Module, args: Any, output: Any) -> Any:
+            value = seen(site, _first(output))
+            return (value, *output[1:]) if isinstance(output, tuple) else value
+
+        return module.register_forward_hook(after)
+
+    def logits(self, resid: Tensor) -> Tensor:
+        """Logits of a final residual stream, `resid` (..., d_model) → (..., vocab), final norm and soft-cap included."""
+        logits = self.unembedding(self.final_norm(resid))
+        cap = getattr(self.module.config, "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def attend(self, layer: int, resid: Tensor, run: Forward, basis: Basis = Basis.RESIDUAL) -> Tensor:
+        """What attention of `layer` makes of a residual stream (batch, pos, d_model): its site's value in `basis`."""
+        block = self.blocks[layer]
+        args, kwargs = run.attention[layer]
+        normed = block.ln_attn(resid)
+        if basis is Basis.RESIDUAL:
+            return block.post_attn(_first(block.attn(normed, *args, **kwargs)))
+        grabbed: list[Tensor] = []
+        handle = block.out_proj.register_forward_pre_hook(lambda m, inputs: grabbed.append(inputs[0]))
+        try:
+            block.attn(normed, *args, **kwargs)
+        finally:
+            handle.remove()
+        return grabbed[0]
+
+    def written(self, site: Site, value: Tensor, basis: Basis) -> Tensor:
+        """What a site's value adds to the residual stream: itself, or head outputs through projection and post-norm."""
+        if basis is Basis.RESIDUAL:
+            return value
+        block = self.blocks[site.layer]
+        return block.post_attn(block.out_proj(value))
+
+    def transform(self, layer: int, resid: Tensor) -> Tensor:
+        """What the MLP of `layer` adds to the residual stream that it reads, (..., d_model) → (..., d_model)."""
+        block = self.blocks[layer]
+        return block.post_mlp(block.mlp(block.ln_mlp(resid)))
+
+    def assert_no_hooks(self) -> None:
+        """Raise `HookLeftBehind` if any module of the model still has a forward or backward hook."""
+        for name, module in self.module.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                raise HookLeftBehind(f"a hook was left on {name or 'the model'}: remove it before measuring, it would change the numbers")
+
+
+def _keep(run: Forward, layer: int) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        run.attention[layer] = (args[1:], rest)
+
+    return hook
+
+
+def _order(site: Site, n_layers: int) -> tuple[int, int]:
+    """Order in which the model itself computes the sites (an MLP in parallel with attention comes after it in the code)."""
+    rank = {SiteKind.EMBED: 0, SiteKind.ATTN: 1, SiteKind.MLP: 2, SiteKind.RESID: 3, SiteKind.OUTPUT: 4}[site.kind]
+    return (n_layers if site.kind is SiteKind.OUTPUT else site.layer, rank)
+
+
+def capture_sites(binding: Binding, tokens: Tensor, sites: Mapping[Site, Basis]) -> dict[Site, Tensor]:
+    """Values of `sites` on `tokens` (batch, pos), each (batch, pos, width), without gradients; stops after the last one needed."""
+    with torch.no_grad():
+        return binding.forward(tokens, sites, stop_early=True).values
+
+
+class LocalFunction:
+    """One site recomputed from its parents' values, by composition where sites between them were left out.
+
+    What the site reads that no chosen site feeds (the residual stream before a graph that starts late) stays at its
+    clean value. The output `y` is represented by the final residual stream, which is all that it reads.
+    """
+
+    def __init__(self, binding: Binding, graph: SiteGraph, site: Site, bases: Mapping[Site, Basis]) -> None:
+        self.binding, self.graph, self.site, self.bases = binding, graph, site, bases
+        self.target = graph.architectural_parents(site)[0] if site.kind is SiteKind.OUTPUT else site
+        self.parents = graph.parents(site)
+        self.constants: tuple[Site, ...] = ()
+        self.mixes_positions = False
+        if self.parents:
+            self._plan()
+
+    def _plan(self) -> None:
+        """Find the constants that the function needs and whether it recomputes attention."""
+        constants: set[Site] = set()
+        visited: set[Site] = set()
+
+        def visit(site: Site, top: bool = False) -> None:
+            if site in visited or (not top and site in self.parents):
+                return
+            visited.add(site)
+            if not self.graph.sources(site):
+                constants.add(site)
+                return
+            self.mixes_positions |= site.kind is SiteKind.ATTN
+            for parent in self.graph.architectural_parents(site):
+                visit(parent)
+
+        visit(self.target, top=self.site.kind is not SiteKind.OUTPUT)
+        self.constants = tuple(sorted(constants, key=lambda s: _order(s, self.binding.n_layers)))
+
+    def __call__(self, values: Mapping[Site, Tensor], constants: Mapping[Site, Tensor], run: Forward) -> Tensor:
+        """The site's value, (batch, pos, width), from `values` of its parents and `constants` of what stays clean.
+
+        Where the function does not mix positions, batch and pos may be any gathered positions.
+        `run` lends the attention's masks and rotary tables.
+        """
+        memo: dict[Site, Tensor] = {}
+        binding = self.binding
+
+        def stream(site: Site) -> Tensor:
+            """What `site` adds to, or holds of, the residual stream."""
+            if site not in memo:
+                if site in values:
+                    memo[site] = binding.written(site, values[site], self.bases.get(site, Basis.RESIDUAL))
+                elif site in constants:
+                    memo[site] = constants[site]
+                else:
+                    memo[site] = compute(site, Basis.RESIDUAL)
+            return memo[site]
+
+        def compute(site: Site, basis: Basis) -> Tensor:
+            inputs = [stream(parent) for parent in self.graph.architectural_parents(site)]
+            if site.kind is SiteKind.ATTN:
+                return binding.attend(site.layer, inputs[0], run, basis)
+            total = sum(inputs[1:], inputs[0])
+            return binding.transform(site.layer, total) if site.kind is SiteKind.MLP else total
+
+        # Blocks in ascending order first, so that the recursion stays within one block.
+        for layer in range(self.lowest, self.target.layer):
+            below = Site(SiteKind.RESID, layer)
+            if below not in values and below not in constants and self.graph.sources(below):
+                stream(below)
+        if self.site.kind is SiteKind.OUTPUT:
+            return stream(self.target)
+        return compute(self.target, self.bases.get(self.target, Basis.RESIDUAL))
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer among the parents (0 for `embed`)."""
+        return max(0, min(parent.layer for parent in self.parents))
+
+
+def bind(model: Any) -> Binding:
+    """Bind a causal language model and check every block's composition numerically.
+
+    Takes a `LoadedModel`, an nnsight `LanguageModel`, or a Hugging Face module. Raises `UnknownArchitecture` where a
+    block composed by hand differs from the model's own by more than `BINDING_TOLERANCE` (relative).
+    """
+    module = unwrap(model)
+    if getattr(module, "config", None) is None or not hasattr(module, "get_output_embeddings"):
+        raise UnknownArchitecture(f"{type(module).__name__} is no Hugging Face causal language model")
+    binding = Binding(module)
+    module.eval()
+    _check_composition(binding)
+    return binding
+
+
+@torch.no_grad()
+def _check_composition(binding: Binding) -> None:
+    """Compare every block, composed by hand from its captured input, with what the model computed."""
+    vocab = int(binding.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    tokens = torch.tensor([[(7 * i + 3) % vocab for i in range(6)], [(5 * i + 1) % vocab for i in range(6)]])
+    layers: Sequence[Site] = [Site(SiteKind.RESID, layer) for layer in range(binding.n_layers)]
+    run = binding.forward(tokens, dict.fromkeys([EMBED, *layers], Basis.RESIDUAL), keep_attention=True)
+    before = run.values[EMBED]
+    for layer in layers:
+        attn = binding.attend(layer.layer, before, run)
+        mlp = binding.transform(layer.layer, before if binding.parallel else before + attn)
+        _compare(before + attn + mlp, run.values[layer], f"block {layer.layer}", binding)
+        before = run.values[layer]
+    assert run.logits is not None
+    _compare(binding.logits(before[:, -1]), run.logits, "the output head", binding)
+
+
+def _compare(ours: Tensor, theirs: Tensor, what: str, binding: Binding) -> None:
+    error = float((ours - theirs).float().norm() / theirs.float().norm().clamp_min(1e-30))
+    # Half precision rounds each of the block's sums; the tolerance is in units of its last place.
+    tolerance = BINDING_TOLERANCE if binding.dtype in (torch.float32, torch.float64) else 64 * float(torch.finfo(binding.dtype).eps)
+    if not error <= tolerance:
+        raise UnknownArchitecture(
+            f"{type(binding.module).__name__}: {what} composed from its parts differs from the model by {error:.1e} "
+            f"(allowed {tolerance:.0e}): this architecture is not supported"
+        )
