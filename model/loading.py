@@ -358,7 +358,8 @@ def _load_module(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, An
         raise NotAModelFolder(f"model {source.name!r} has no tokenizer that loads in {source.folder}: {_first_line(error)}") from error
     try:
         with _quiet():
-            module, info = transformers.AutoModelForCausalLM.from_pretrained(
+            auto: Any = transformers.AutoModelForCausalLM
+            module, info = auto.from_pretrained(
                 source.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except _LOAD_ERRORS as error:
