@@ -1,0 +1,69 @@
+"""What all tests share: threads, the real Neo4j, and the rule that CI skips no test of a real service."""
+
+import os
+
+# On small shared machines two OpenMP threads spin against each other and cost a factor of 25: before torch is imported by any test.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from featlas.queries.neo4j_distribution import DownloadFailed, JavaMissing, MavenMissing, distribution, find_java
+
+from .servers import Neo4jTestServer, start_server, stop_server
+
+SERVICES = ("neo4j", "graphtool", "browser", "smollm2")  # markers of tests that need something outside the Python environment
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a skipped test of a real service is a failure: there everything has been installed."""
+    report = yield
+    marked = [name for name in SERVICES if item.get_closest_marker(name)]
+    if in_ci() and marked and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} (marked {', '.join(marked)}) must not be skipped in CI: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """In CI a test file that skips itself whole is a failure: its markers cannot be seen."""
+    report = yield
+    if in_ci() and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} must not skip itself in CI: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def neo4j_jars() -> None:
+    """Java and Neo4j's jars are there (the jars are downloaded once per machine); skips with what is missing."""
+    try:
+        find_java()
+        distribution()
+    except (JavaMissing, MavenMissing, DownloadFailed) as error:
+        pytest.skip(f"no real Neo4j here: {error}")
+
+
+@pytest.fixture(scope="session")
+def neo4j_server(neo4j_jars: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neo4jTestServer]:
+    """One real Neo4j for the whole session, with authentication; what it holds at a test's start is not defined: see `clean_neo4j`."""
+    server = start_server(tmp_path_factory.mktemp("neo4j"))
+    yield server
+    stop_server(server)
+
+
+@pytest.fixture
+def clean_neo4j(neo4j_server: Neo4jTestServer) -> Neo4jTestServer:
+    """The session's Neo4j without any node (constraints and indexes of earlier tests may be there)."""
+    neo4j_server.wipe()
+    return neo4j_server
