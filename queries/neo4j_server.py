@@ -137,7 +137,7 @@ def status(home: Path) -> ServerInfo | None:
     try:
         state = json.loads((home / "server.json").read_text())
         info = _info(home, int(state["pid"]), (int(state["bolt_port"]), int(state["http_port"])))
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return info if _is_server_of(home, info.pid) else None
 
@@ -203,7 +203,7 @@ def free_port(port: int, option: str) -> int:
             probe.bind((LOOPBACK, port))
         except OSError as error:
             raise PortTaken(
-                f"port {port} of {LOOPBACK} cannot be used ({error.strerror}), perhaps another Neo4j runs there: stop it, or choose another by {option}"
+                f"port {port} of {LOOPBACK} cannot be used ({error.strerror}), perhaps by another Neo4j: stop that or choose another by {option}"
             ) from error
         return int(probe.getsockname()[1])
 
@@ -327,23 +327,21 @@ def _is_server_of(home: Path, pid: int) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
-    """Whether there is a process `pid` that has not ended; one that has ended and is not yet collected by its parent is not alive."""
-    with contextlib.suppress(ChildProcessError):  # not a child of this process
-        os.waitpid(pid, os.WNOHANG)  # a child that has ended is collected here
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = _proc_state(pid) if PROC.is_dir() else _ps("stat", pid)[:1]
-    return state not in ("", "Z", "X")
+    """Whether there is a process `pid` that has not ended; an ended child of this process is collected, so that nothing is left of it."""
+    ended = _has_ended(pid) if PROC.is_dir() else _ps("stat", pid)[:1] in ("", "Z")
+    if ended:
+        with contextlib.suppress(ChildProcessError):  # another's child: that one's parent collects it
+            os.waitpid(pid, os.WNOHANG)
+    return not ended
 
 
-def _proc_state(pid: int) -> str:
-    """The letter of /proc/<pid>/stat: Z is an ended process; empty when there is none."""
+def _has_ended(pid: int) -> bool:
+    """By /proc: no such process, or one whose main thread has ended (Z) with no other thread left to hold files and ports."""
     try:
-        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0]
+        fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()  # the state first, the number of threads eighteenth
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return True
+    return fields[0] in "ZX" and int(fields[17]) <= 1
 
 
 def _command_line(pid: int) -> list[str]:

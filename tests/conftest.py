@@ -10,7 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from collections.abc import Generator, Iterator
 
 import pytest
-
 from featlas.queries.neo4j_distribution import DownloadFailed, JavaMissing, MavenMissing, distribution, find_java
 
 from .servers import Neo4jTestServer, start_server, stop_server

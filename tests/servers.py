@@ -6,7 +6,6 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import neo4j
-
 from featlas.queries.neo4j_server import ServerInfo, ServerOptions, down, up
 
 # any free ports, little memory, a quick stop: about 320 MB and 5 s to start on a quiet machine
