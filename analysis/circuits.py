@@ -13,13 +13,14 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from ..errors import UserError
 from ..model.sites import EMBED, OUTPUT, SiteGraph, parse_site
-from typing import TYPE_CHECKING
+
 if TYPE_CHECKING:
     from ..queries.store import GraphStore
 
@@ -292,6 +293,37 @@ def _walk(best: pl.DataFrame, nodes: pl.DataFrame, row: int, score: float) -> Pa
         tuple(best["weight"].gather(visited[:-1]).to_list()),
         score,
     )
+
+
+def _best_along(start: np.ndarray, source: np.ndarray, target: np.ndarray, share: np.ndarray, stage: np.ndarray) -> np.ndarray:
+    """Greatest product of shares from any `start` node (1 there, else 0) along source -> target; `stage` (n_edges,) orders the passes."""
+    best = start.astype(np.float64)
+    for now in np.unique(stage):
+        here = stage == now
+        np.maximum.at(best, target[here], best[source[here]] * share[here])
+    return best
+
+
+def strongest_part(circuit: Circuit, max_edges: int) -> Circuit:
+    """The `max_edges` edges on the strongest paths: the best path through each of them is at least as strong as any edge left out has.
+
+    Shares and influence stay those of the whole circuit. Every kept edge's own best path is kept too, so nothing dangles
+    (but for edges cut from a tie at the very end, which are pruned: a few edges less than asked for may remain).
+    """
+    if circuit.n_edges <= max_edges:
+        return circuit
+    nodes, edges = _numbered(circuit.edges, circuit.nodes)
+    nodes = nodes.join(circuit.nodes.select("key", "pos", "role"), on=["key", "pos"], maintain_order="left")
+    source, target, share = (edges[c].to_numpy() for c in ("from_node", "to_node", "share"))
+    order = nodes["order"].to_numpy()
+    head = _best_along((nodes["role"] == "input").to_numpy(), source, target, share, order[source])
+    tail = _best_along((nodes["role"] == "output").to_numpy(), target, source, share, -order[target])
+    through = edges.with_columns(pl.Series("through", head[source] * share * tail[target]))
+    chosen = through.sort(["through", "from_node", "to_node"], descending=[True, False, False]).head(max_edges)
+    roots = circuit.nodes.filter(pl.col("role") == "input")["site"].unique().to_list()
+    _, kept = prune(chosen.select(circuit.edges.columns), circuit.nodes, roots)
+    part = kept.select(circuit.edges.columns)
+    return Circuit(circuit.selection, circuit.nodes.join(_ends(part), on=["key", "pos"], how="semi", maintain_order="left"), part)
 
 
 def site_summary(circuit: Circuit) -> pl.DataFrame:

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import polars as pl
 import pytest
-
 from featlas.analysis.circuits import (
     By,
     EmptyCircuit,
