@@ -67,7 +67,7 @@ def require_attribution_metric(metric: Metric, n_steps: int) -> None:
     if metric in _DISCRETE:
         raise UnsuitableMetric(f"metric {metric.value!r} has no gradient to attribute: use {_names(set(Metric) - _DISCRETE)}")
     if metric in _TO_CLEAN and n_steps == 1:
-        raise UnsuitableMetric(f"metric {metric.value!r} has gradient zero at the clean run, all that --steps 1 looks at: use 'logit_diff' or more steps")
+        raise UnsuitableMetric(f"metric {metric.value!r} has gradient zero at the clean run, where one step looks: use 'logit_diff' or more steps")
 
 
 def _names(metrics: set[Metric]) -> str:
