@@ -1,6 +1,5 @@
 """Real programs that tests talk to: a Neo4j server of their own, and Neo4j Browser in a real Chromium."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlencode
@@ -8,10 +7,11 @@ from urllib.parse import urlencode
 import neo4j
 from featlas.queries.neo4j_server import ServerInfo, ServerOptions, down, up
 
+from .chromium import CHROMIUM
+
 # any free ports, little memory, a quick stop: about 320 MB and 5 s to start on a quiet machine
 THROWAWAY = ServerOptions(bolt_port=0, http_port=0, heap_mb=512, pagecache_mb=128, throwaway=True, start_limit_s=300)
 WIPE = "MATCH (n) CALL (n) { DETACH DELETE n } IN TRANSACTIONS OF 5000 ROWS"
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def browser_screenshot(server: Neo4jTestServer, cypher: str, path: Path, *, wait
     query = urlencode({"dbms": server.uri, "db": "neo4j", "cmd": "edit", "arg": cypher})
     limit_ms = wait_s * 1000
     with sync_playwright() as playwright:
-        # Debian's Chromium; its sandbox does not start for root, and the page is ours
+        # Chromium's sandbox does not start for root, and the page is our own server's
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         try:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from .servers import CHROMIUM, Neo4jTestServer, browser_screenshot
+from .chromium import CHROMIUM
+from .servers import Neo4jTestServer, browser_screenshot
 
 pytestmark = [pytest.mark.neo4j, pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install chromium")]
 
