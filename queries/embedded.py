@@ -1,0 +1,461 @@
+"""The embedded graph store: Ladybug, a Cypher database in one file.
+
+What this file absorbs, so that no caller knows (each is reproduced by a test):
+
+1. Each end of an edge needs its own MATCH right after LOAD FROM; any other form is a cross product.
+2. COPY is fast but not crash-safe beside other writes: its rows reach the disk only at the checkpoint after the commit, so a
+   process killed in between keeps the mark and loses the edges. `LOAD FROM … CREATE` goes through the write-ahead log whole.
+3. Ladybug caches a prepared statement, with its frame, for each frame it is given, and crashes when one is run twice: every
+   transaction gets a connection of its own, and frames are never reused.
+4. Two handles of one file in one process corrupt each other: handles are shared, counted and kept one per path and process.
+5. A checkpoint rewrites the whole edge table, so it is put off until the log is large (it is replayed on opening).
+6. A process killed while writing may leave a torn last record, which is the transaction that was not committed.
+"""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import ladybug
+import polars as pl
+
+from . import schema
+from .schema import EDGES, NODES, SCHEMA_VERSION, VERSION_KEY, EdgeType
+from .store import (
+    GraphStore,
+    NotAGraph,
+    QueryRejected,
+    SchemaVersionMismatch,
+    SequenceCommit,
+    StoreBusy,
+    StoreFailed,
+    UnknownEndpoint,
+    WriteRefused,
+    json_text,
+    rendered_node,
+    rendered_relationship,
+    result_frame,
+)
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_BYTES = 256 * 2**20  # of write-ahead log: about 750,000 edges
+READ_ONLY_PATIENCE_S = 10.0
+# Ladybug's cross product of lock states while a writer checkpoints; it says so in one of these ways.
+_BEING_WRITTEN = ("recovery is pending", "checksum verification failed", "past the end of file", "checkpoint", "could not set lock")
+_TORN_LOG = ("wal file is corrupted", "wal replay")
+_READING = {"MATCH", "OPTIONAL", "UNWIND", "WITH", "RETURN", "CALL"}
+_PLAIN = {"STRING", "INT64", "DOUBLE", "BOOL"}
+_WORDS = re.compile(r"""//[^\n]*|/\*.*?\*/|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`|\w+|[^\s\w]""", re.DOTALL)
+
+
+@dataclass
+class _Handle:
+    """A Ladybug database of this process: shared by every store on its path, closed with the last."""
+
+    database: ladybug.Database
+    read_only: bool
+    users: int = 0
+    writing: threading.RLock = field(default_factory=threading.RLock)
+
+
+_handles: dict[Path, _Handle] = {}
+_handles_lock = threading.RLock()
+
+
+class LadybugStore(GraphStore):
+    """The graph in the file `path`. Raises `NotAGraph`, `StoreBusy` or `SchemaVersionMismatch` on opening."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path.expanduser().resolve()
+        self.read_only = read_only
+        self._handle: _Handle | None = _acquire(self.path, read_only)
+        try:
+            self._check_schema()
+        except BaseException:
+            self.close()
+            raise
+
+    def merge_nodes(self, label: str, rows: pl.DataFrame) -> None:
+        frame = schema.node_frame(label, rows)
+        properties = [name for name in frame.columns if name != "key"]
+        sets = _assignments("n", properties, first=1)
+        text = f"LOAD FROM $frame MERGE (n:{label} {{key: c0}}) {sets}"
+        if frame.height:
+            with self._write() as connection:
+                _run(connection, text, {"frame": _numbered(frame.select("key", *properties))})
+
+    def merge_edges(self, type: str, rows: pl.DataFrame) -> None:
+        edge, frame = schema.edge_type(type), schema.edge_frame(type, rows)
+        if not frame.height:
+            return
+        others = [name for name in edge.columns if name in frame.columns]
+        frame = frame.select("source", "target", *edge.identity, *others)
+        identity = ", ".join(f"`{name}`: c{i}" for i, name in enumerate(edge.identity, start=2))
+        text = f"MERGE (a)-[e:{type} {{{identity}}}]->(b) {_assignments('e', others, first=2 + len(edge.identity))}"
+        with self._write() as connection:
+            written = 0
+            for source, target in edge.ends:
+                ends = f"LOAD FROM $frame MATCH (a:{source} {{key: c0}}) MATCH (b:{target} {{key: c1}})"
+                written += _count(connection, f"{ends} {text} RETURN count(*)", {"frame": _numbered(frame)})
+            if written != frame.height:
+                self._raise_unknown_endpoint(connection, edge, frame)
+
+    def commit_sequences(self, commits: Sequence[SequenceCommit]) -> int:
+        with self._write() as connection:
+            return sum(self._commit(connection, commit) for commit in commits)
+
+    def query(self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False) -> pl.DataFrame:
+        if write and self.read_only:
+            raise WriteRefused("the graph was opened read-only")
+        transaction = self._write() if write else self._read()
+        with transaction as connection:
+            statement = _prepared(connection, cypher, parameters, write)
+            return _frame_of(_rejecting(lambda: connection.execute(statement, dict(parameters or {}))))
+
+    def read_edges(self, type: str, *, run: str | None = None) -> pl.DataFrame:
+        edge = schema.edge_type(type)
+        columns = ", ".join(f"e.`{name}` AS `{name}`" for name in edge.properties)
+        where = "WHERE e.run = $run" if run is not None and "run" in edge.properties else ""
+        text = f"MATCH (a)-[e:{type}]->(b) {where} RETURN a.key AS source, b.key AS target" + (f", {columns}" if columns else "")
+        with self._read() as connection:
+            frame = _run(connection, text, {"run": run} if where else {}).get_as_pl()
+        frame = frame.select(pl.col(name).cast(column.dtype) for name, column in edge.all_columns.items())
+        return frame.sort(edge.order)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle = None
+            _release(self.path)
+
+    # Transactions
+
+    @contextmanager
+    def _write(self) -> Iterator[ladybug.Connection]:
+        """A connection inside a write transaction: committed at the end, rolled back on any error."""
+        if self.read_only:
+            raise WriteRefused("the graph was opened read-only")
+        with self._opened().writing, _connection(self._opened().database) as connection:
+            _run(connection, "BEGIN TRANSACTION")
+            try:
+                yield connection
+            except BaseException:
+                _roll_back(connection)
+                raise
+            _end_transaction(connection)
+
+    @contextmanager
+    def _read(self) -> Iterator[ladybug.Connection]:
+        """A connection inside a transaction in which the database refuses writes."""
+        with _connection(self._opened().database) as connection:
+            _run(connection, "BEGIN TRANSACTION READ ONLY")
+            try:
+                yield connection
+            finally:
+                _roll_back(connection)
+
+    def _opened(self) -> _Handle:
+        if self._handle is None:
+            raise StoreFailed(f"{self.path}: the graph store is closed")
+        return self._handle
+
+    # Schema
+
+    def _check_schema(self) -> None:
+        with self._read() as connection:
+            tables = set(_run(connection, "CALL show_tables() RETURN name").get_as_pl()["name"].to_list())
+            found = None
+            if "Meta" in tables:
+                rows = _run(connection, "MATCH (m:Meta {key: $key}) RETURN m.value", {"key": VERSION_KEY}).get_all()
+                found = rows[0][0] if rows else None
+        if found == str(SCHEMA_VERSION):
+            return
+        if tables:
+            if found is None:
+                raise NotAGraph(f"{self.path} is a Ladybug database, but no featlas graph: name another path")
+            raise SchemaVersionMismatch(str(self.path), found)
+        if self.read_only:
+            raise NotAGraph(f"{self.path} is empty: ingest into it first (featlas ingest edges)")
+        self._create_schema()
+
+    def _create_schema(self) -> None:
+        with self._write() as connection:
+            for label in NODES.values():
+                columns = ", ".join(f"`{name}` {column}" for name, column in label.all_columns.items())
+                _run(connection, f"CREATE NODE TABLE {label.name}({columns}, PRIMARY KEY(key))")
+            for edge in EDGES.values():
+                ends = [f"FROM {source} TO {target}" for source, target in edge.ends]
+                columns = ", ".join(ends + [f"`{name}` {column}" for name, column in edge.properties.items()])
+                _run(connection, f"CREATE REL TABLE {edge.name}({columns})")
+            _run(connection, "CREATE (:Meta {key: $key, value: $value})", {"key": VERSION_KEY, "value": str(SCHEMA_VERSION)})
+
+    # Sequences
+
+    def _commit(self, connection: ladybug.Connection, commit: SequenceCommit) -> bool:
+        ends = {"run": commit.run, "sequence": commit.sequence}
+        match = "MATCH (r:Run {key: $run}) MATCH (s:Sequence {key: $sequence})"
+        if _count(connection, "MATCH (r:Run {key: $run})-[m:ON_SEQUENCE]->(s:Sequence {key: $sequence}) RETURN count(*)", ends):
+            return False
+        mark = {name: value for name, value in commit.stored_mark().items() if value is not None}
+        assignments = ", ".join(f"`{name}`: ${name}" for name in mark)
+        if not _count(connection, f"{match} CREATE (r)-[m:ON_SEQUENCE {{{assignments}}}]->(s) RETURN count(*)", {**ends, **mark}):
+            self._raise_unknown_mark(connection, commit)
+        edges = commit.stored_edges()
+        if edges.height:
+            text = (
+                "LOAD FROM $frame MATCH (a:Feature {key: c0}) MATCH (b:Feature {key: c1}) CREATE (a)-[e:ATTRIBUTES "
+                "{run: $run, sequence: $sequence, src_pos: c2, dest_pos: c3, weight: c4}]->(b) RETURN count(*)"
+            )
+            if _count(connection, text, {"frame": _numbered(edges), **ends}) != edges.height:
+                self._raise_unknown_endpoint(connection, EDGES["ATTRIBUTES"], edges)
+        return True
+
+    def _raise_unknown_mark(self, connection: ladybug.Connection, commit: SequenceCommit) -> None:
+        missing = [
+            key for label, key in (("Run", commit.run), ("Sequence", commit.sequence))
+            if not _count(connection, f"MATCH (n:{label} {{key: $key}}) RETURN count(*)", {"key": key})
+        ]
+        raise UnknownEndpoint("ON_SEQUENCE", missing, len(missing))
+
+    def _raise_unknown_endpoint(self, connection: ladybug.Connection, edge: EdgeType, frame: pl.DataFrame) -> None:
+        missing: list[str] = []
+        for column, labels in (("source", {s for s, _ in edge.ends}), ("target", {t for _, t in edge.ends})):
+            wanted = frame.select(pl.col(column).unique())
+            known: set[str] = set()
+            for label in labels:
+                text = f"LOAD FROM $frame MATCH (n:{label} {{key: c0}}) RETURN n.key AS key"
+                known |= set(_run(connection, text, {"frame": _numbered(wanted)}).get_as_pl()["key"].to_list())
+            missing += [key for key in wanted[column].to_list() if key not in known]
+        raise UnknownEndpoint(edge.name, sorted(set(missing)), len(set(missing)))
+
+
+# Handles
+
+
+def _acquire(path: Path, read_only: bool) -> _Handle:
+    with _handles_lock:
+        handle = _handles.get(path)
+        if handle is None:
+            handle = _Handle(_open_database(path, read_only), read_only)
+            _handles[path] = handle
+        elif handle.read_only and not read_only:
+            raise StoreBusy(f"{path} is open for reading in this process: close that store before opening it for writing")
+        handle.users += 1
+        return handle
+
+
+def _release(path: Path) -> None:
+    with _handles_lock:
+        handle = _handles[path]
+        handle.users -= 1
+        if handle.users == 0:
+            del _handles[path]
+            handle.database.close()
+
+
+def _open_database(path: Path, read_only: bool) -> ladybug.Database:
+    if read_only and not path.exists():
+        raise NotAGraph(f"{path}: there is no graph here yet; ingest into it first (featlas ingest edges), or name another --atlas")
+    if not read_only:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotAGraph(f"{path}: its folder cannot be made ({error.strerror})") from None
+        return _open_for_writing(path)
+    return _open_for_reading(path)
+
+
+def _open_for_writing(path: Path) -> ladybug.Database:
+    try:
+        return _database(path)
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in _TORN_LOG):
+            raise _opening_error(path, error) from None
+    log.warning("%s: a writer was killed while it committed; its last transaction is dropped", path)
+    try:
+        return _database(path, throw_on_wal_replay_failure=False)
+    except RuntimeError as error:
+        raise _opening_error(path, error) from None
+
+
+def _open_for_reading(path: Path) -> ladybug.Database:
+    """Read-only beside a writer fails while it checkpoints: wait. After a killed writer only a writing open recovers: do that once."""
+    deadline, wait_s = time.monotonic() + READ_ONLY_PATIENCE_S, 0.02
+    while True:
+        try:
+            return _database(path, read_only=True)
+        except RuntimeError as error:
+            if not any(sign in str(error).lower() for sign in (*_BEING_WRITTEN, *_TORN_LOG)):
+                raise _opening_error(path, error) from None
+            failure = error
+        try:
+            _open_for_writing(path).close()
+        except StoreBusy:
+            log.debug("%s: %s; waiting for the writer", path, failure)
+        if time.monotonic() > deadline:
+            raise _opening_error(path, failure) from None
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 0.5)
+
+
+def _database(path: Path, **options: Any) -> ladybug.Database:
+    return ladybug.Database(path, checkpoint_threshold=CHECKPOINT_BYTES, **options)
+
+
+def _opening_error(path: Path, error: RuntimeError) -> Exception:
+    message = _one_line(str(error))
+    if "lock" in message.lower():
+        holder = re.search(r"PID (\d+)", message)
+        by = f" by process {holder.group(1)}" if holder else " by another process"
+        return StoreBusy(f"{path} is being written{by}: wait until it is done, or end it; only one process can write an embedded graph")
+    if "not a valid" in message.lower():
+        return NotAGraph(f"{path} is not a Ladybug database: name another path, or move that file away")
+    if "version" in message.lower():
+        return NotAGraph(f"{path} is of another version of Ladybug than {ladybug.__version__} ({message}): install that one, or ingest anew")
+    return StoreFailed(f"{path} cannot be opened: {message}")
+
+
+# Statements
+
+
+@contextmanager
+def _connection(database: ladybug.Database) -> Iterator[ladybug.Connection]:
+    connection = ladybug.Connection(database)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def _run(connection: ladybug.Connection, text: str, parameters: Mapping[str, object] | None = None) -> Any:
+    """Run one of our own statements: an error is a failure, never the user's mistake."""
+    try:
+        result: Any = connection.execute(text, dict(parameters or {}))
+    except RuntimeError as error:
+        raise StoreFailed(f"the embedded graph store failed: {_one_line(str(error))}") from error
+    return result
+
+
+def _count(connection: ladybug.Connection, text: str, parameters: Mapping[str, object]) -> int:
+    return int(_run(connection, text, parameters).get_next()[0])
+
+
+def _end_transaction(connection: ladybug.Connection) -> None:
+    try:
+        connection.execute("COMMIT")
+    except RuntimeError as error:
+        # A statement of the user's may have ended the transaction itself.
+        if "no active transaction" not in str(error).lower():
+            raise StoreFailed(f"the embedded graph store failed to commit: {_one_line(str(error))}") from error
+
+
+def _roll_back(connection: ladybug.Connection) -> None:
+    try:
+        connection.execute("ROLLBACK")
+    except RuntimeError as error:
+        # A statement that failed has rolled the transaction back already.
+        if "no active transaction" not in str(error).lower():
+            log.warning("rolling back failed: %s", _one_line(str(error)))
+
+
+def _numbered(frame: pl.DataFrame) -> pl.DataFrame:
+    """A fresh frame whose columns are called c0, c1, …: no property's name can then collide with a keyword or a variable."""
+    return frame.select(pl.col(name).alias(f"c{i}") for i, name in enumerate(frame.columns))
+
+
+def _assignments(variable: str, names: Sequence[str], first: int) -> str:
+    if not names:
+        return ""
+    return "SET " + ", ".join(f"{variable}.`{name}` = c{i}" for i, name in enumerate(names, start=first))
+
+
+# A user's query
+
+
+def _prepared(connection: ladybug.Connection, cypher: str, parameters: Mapping[str, object] | None, write: bool) -> Any:
+    """Prepare the one statement of a query; preparing refuses several (a COMMIT could end the read-only transaction)."""
+    statement = _rejecting(lambda: ladybug.PreparedStatement(connection, cypher, dict(parameters or {})))
+    failure = "" if statement.is_success() else statement.get_error_message()
+    if not write and not failure.startswith("Parser exception"):
+        _refuse_side_effects(cypher)
+    if failure:
+        raise _rejection(failure)
+    return statement
+
+
+def _refuse_side_effects(cypher: str) -> None:
+    """Refuse what touches the world in a read-only transaction: COPY TO, EXPORT, LOAD FROM, settings by CALL name = value.
+
+    Changes to the graph are refused by the database; this is for statements that it counts as reading.
+    """
+    words = [word for word in _WORDS.findall(cypher) if not word.startswith(("//", "/*"))]
+    upper = [word.upper() for word in words]
+    while upper and upper[0] in {"EXPLAIN", "PROFILE", "LOGICAL"}:
+        upper.pop(0)
+    if upper and upper[0] in {"CREATE", "MERGE", "DELETE", "SET", "DROP", "ALTER"}:
+        return
+    if upper and upper[0] not in _READING:
+        raise WriteRefused(f"{upper[0]} is not a reading statement")
+    if upper[:1] == ["CALL"] and upper[2:3] == ["="]:
+        raise WriteRefused("CALL changes a setting")
+    for word, following in pairwise(upper):
+        if word == "LOAD" and following in {"FROM", "WITH"}:
+            raise WriteRefused("LOAD FROM reads files")
+
+
+def _rejecting(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except RuntimeError as error:
+        raise _rejection(str(error)) from None
+
+
+def _rejection(message: str) -> WriteRefused | QueryRejected:
+    if "write query inside a read-only transaction" in message or "read-only database" in message.lower():
+        return WriteRefused("it would change the graph")
+    return QueryRejected(message.strip())
+
+
+def _frame_of(result: Any) -> pl.DataFrame:
+    names, types = result.get_column_names(), result.get_column_data_types()
+    if all(type in _PLAIN for type in types):
+        frame = result.get_as_pl()
+        return frame.with_columns(pl.lit(None, dtype=pl.Null).alias(name) for name in frame.columns if frame[name].null_count() == frame.height)
+    rows = result.get_all()
+    return result_frame(names, [[_plain(row[i]) for row in rows] for i in range(len(names))])
+
+
+def _plain(value: Any) -> Any:
+    """A Ladybug value as plain values; see `store.rendered_node` for the shape of what is a graph's."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+    if "_NODES" in value:
+        keys = {json_text(node["_ID"]): node.get("key") for node in value["_NODES"]}
+        return {"nodes": [_plain(node) for node in value["_NODES"]], "relationships": [_relationship(rel, keys) for rel in value["_RELS"]]}
+    if "_SRC" in value:
+        return _relationship(value, {})
+    if "_ID" in value:
+        return rendered_node(value["_LABEL"], _properties(value))
+    return {name: _plain(item) for name, item in value.items()}
+
+
+def _relationship(value: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, object]:
+    ends = (keys.get(json_text(value["_SRC"])), keys.get(json_text(value["_DST"])))
+    return rendered_relationship(value["_LABEL"], _properties(value), *ends)
+
+
+def _properties(value: dict[str, Any]) -> dict[str, object]:
+    return {name: _plain(item) for name, item in value.items() if not name.startswith("_")}
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

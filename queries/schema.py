@@ -1,0 +1,254 @@
+"""The schema of the graph: every label and type with its columns, as records from which both backends create it.
+
+Labels, types and property names are the public interface: people's Cypher relies on them. A change that an older graph
+does not have raises `SCHEMA_VERSION`; the version is written into the graph when it is created and checked when it is opened.
+
+Identity. A node is identified by its `key`. An edge is identified by its two ends and the columns listed as its identity;
+those are never null (a position that was not kept is -1). Keys are built here and never parsed: what they are made of are
+properties too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+import polars as pl
+
+from ..errors import UserError
+
+SCHEMA_VERSION = 1
+VERSION_KEY = "schema_version"
+
+
+class RowsRejected(UserError):
+    """A frame does not fit the label or type that it was to be written to."""
+
+
+class UnknownLabel(UserError):
+    """No such node label or edge type in the schema."""
+
+
+class ColumnType(StrEnum):
+    """The types that both databases share."""
+
+    STRING = "STRING"
+    INT64 = "INT64"
+    DOUBLE = "DOUBLE"
+    BOOL = "BOOL"
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """The polars type of a column of this type."""
+        return _DTYPES[self]
+
+
+_DTYPES: Mapping[ColumnType, pl.DataType] = MappingProxyType(
+    {ColumnType.STRING: pl.String(), ColumnType.INT64: pl.Int64(), ColumnType.DOUBLE: pl.Float64(), ColumnType.BOOL: pl.Boolean()}
+)
+STRING, INT64, DOUBLE, BOOL = ColumnType.STRING, ColumnType.INT64, ColumnType.DOUBLE, ColumnType.BOOL
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLabel:
+    """A node label: its columns beside `key` (STRING, unique within the label), and those a server indexes."""
+
+    name: str
+    columns: Mapping[str, ColumnType]
+    indexed: tuple[str, ...] = ()
+
+    @property
+    def all_columns(self) -> dict[str, ColumnType]:
+        """`key` first, then the properties."""
+        return {"key": STRING, **self.columns}
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeType:
+    """An edge type: the (source, target) labels it may join, the columns of its identity, its other columns."""
+
+    name: str
+    ends: tuple[tuple[str, str], ...]
+    identity: Mapping[str, ColumnType]
+    columns: Mapping[str, ColumnType]
+    indexed: tuple[str, ...] = ()
+
+    @property
+    def properties(self) -> dict[str, ColumnType]:
+        """Every stored property: identity first."""
+        return {**self.identity, **self.columns}
+
+    @property
+    def all_columns(self) -> dict[str, ColumnType]:
+        """The columns of a frame of these edges: both ends' keys, then every property."""
+        return {"source": STRING, "target": STRING, **self.properties}
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The columns by which edges are sorted when read: they tell two edges of this type apart."""
+        names = [name for name, column in self.identity.items() if column is STRING]
+        return (*names, "source", "target", *(name for name in self.identity if name not in names))
+
+
+_PARTITION = {"run": STRING, "method": STRING, "basis": STRING, "site": STRING, "level": INT64}
+_ABLATION = {"ablation_effect": DOUBLE, "ablation_metric": STRING, "ablation_baseline": STRING}
+_FEATURES = (("Feature", "Feature"),)
+
+_NODES = (
+    NodeLabel("Meta", {"value": STRING}),
+    NodeLabel("Model", {"name": STRING, "revision": STRING, "family": STRING, "n_layers": INT64, "d_model": INT64}),
+    # `kind` is feature, error or output; `index` is -1 for the last two, `layer` -1 for the sites without one (embed, y).
+    NodeLabel(
+        "Feature",
+        {
+            "model": STRING, "dictionary": STRING, "site": STRING, "layer": INT64, "kind": STRING, "index": INT64, "label": STRING,
+            "frequency": DOUBLE, "mean_activation": DOUBLE, "statistics_run": STRING,
+        },
+        indexed=("site", "kind"),
+    ),
+    NodeLabel("Sequence", {"task": STRING, "clean": STRING, "corrupt": STRING, "answer": STRING, "wrong_answer": STRING}, indexed=("task",)),
+    # `settings` is the JSON of every argument of the run, for what has no column of its own.
+    NodeLabel(
+        "Run",
+        {
+            "model": STRING, "dictionaries": STRING, "task": STRING, "method": STRING, "steps": INT64, "metric": STRING, "baseline": STRING,
+            "threshold": DOUBLE, "max_edges": INT64, "aggregation": STRING, "sites": STRING, "status": STRING, "seed": INT64, "version": STRING,
+            "n_sequences": INT64, "n_edges": INT64, "settings": STRING,
+        },
+    ),
+    NodeLabel(
+        "Circuit",
+        {
+            "run": STRING, "sequence": STRING, "threshold": DOUBLE, "by": STRING, "n_nodes": INT64, "n_edges": INT64,
+            "average_degree": DOUBLE, "density": DOUBLE, "faithfulness": DOUBLE, "completeness": DOUBLE,
+        },
+    ),
+    NodeLabel(
+        "Score",
+        {
+            "subject": STRING, "kind": STRING, "ablation": STRING, "metric": STRING, "baseline": STRING, "averaging": STRING, "split": STRING,
+            "seed": INT64, "value": DOUBLE, "low": DOUBLE, "high": DOUBLE, "n": INT64, "undefined_n": INT64,
+        },
+    ),
+    NodeLabel("Partition", {**_PARTITION, "n_blocks": INT64}),
+    NodeLabel("Block", {**_PARTITION, "index": INT64, "size": INT64, "label": STRING, "mean_cosine": DOUBLE}),
+)
+
+_EDGES = (
+    EdgeType(
+        "ATTRIBUTES", _FEATURES, {"run": STRING, "sequence": STRING, "src_pos": INT64, "dest_pos": INT64}, {"weight": DOUBLE},
+        indexed=("run", "sequence"),
+    ),
+    EdgeType(
+        "INFLUENCES", _FEATURES, {"run": STRING},
+        {"weight": DOUBLE, "abs_weight": DOUBLE, "max_weight": DOUBLE, "variance": DOUBLE, "n": INT64, **_ABLATION}, indexed=("run",),
+    ),
+    EdgeType("CORRELATES", _FEATURES, {"run": STRING, "basis": STRING}, {"r": DOUBLE}, indexed=("run",)),
+    EdgeType("WIRED", _FEATURES, {"path": STRING}, {"weight": DOUBLE}),
+    EdgeType("IN_CIRCUIT", (("Feature", "Circuit"),), {}, {"role": STRING}),
+    EdgeType("CIRCUIT_EDGE", _FEATURES, {"circuit": STRING}, {"weight": DOUBLE, **_ABLATION}, indexed=("circuit",)),
+    EdgeType("SCORED", (("Circuit", "Score"), ("Block", "Score")), {}, {}),
+    EdgeType("MEMBER_OF", (("Feature", "Block"),), {}, {}),
+    EdgeType("PART_OF", (("Block", "Block"), ("Block", "Partition")), {}, {}),
+    EdgeType("DRIVES", (("Block", "Block"),), {"run": STRING}, {"weight_sum": DOUBLE, "weight_mean": DOUBLE, "n": INT64}, indexed=("run",)),
+    EdgeType("MATCHES", _FEATURES, {"method": STRING}, {"score": DOUBLE}),
+    # The mark that a sequence is done: at most one between a run and a sequence.
+    EdgeType(
+        "ON_SEQUENCE", (("Run", "Sequence"),), {},
+        {"key": STRING, "status": STRING, "n_edges": INT64, "metric_clean": DOUBLE, "metric_corrupt": DOUBLE},
+    ),
+    EdgeType("OF_MODEL", (("Feature", "Model"), ("Run", "Model")), {}, {}),
+    EdgeType("OF_RUN", (("Circuit", "Run"), ("Partition", "Run")), {}, {}),
+)
+
+NODES: Mapping[str, NodeLabel] = MappingProxyType({label.name: label for label in _NODES})
+EDGES: Mapping[str, EdgeType] = MappingProxyType({edge.name: edge for edge in _EDGES})
+
+
+def node_label(name: str) -> NodeLabel:
+    """The label of that name; raises `UnknownLabel`."""
+    if name not in NODES:
+        raise UnknownLabel(f"unknown node label {name!r}: the schema has {', '.join(NODES)}")
+    return NODES[name]
+
+
+def edge_type(name: str) -> EdgeType:
+    """The edge type of that name; raises `UnknownLabel`."""
+    if name not in EDGES:
+        raise UnknownLabel(f"unknown edge type {name!r}: the schema has {', '.join(EDGES)}")
+    return EDGES[name]
+
+
+def feature_key(model_key: str, dictionary_id: str, site: object, index: int | str) -> str:
+    """The key of a feature, `model_key|dictionary_id|site|index`; `index` is "error" for the site's error node.
+
+    `site` is a `model.sites.Site` or its name: `str` gives the name of both.
+    """
+    return f"{model_key}|{dictionary_id}|{site}|{index}"
+
+
+def output_key(model_key: str, target: str) -> str:
+    """The key of the output node `y` whose value is `target` (for example a metric's name)."""
+    return f"{model_key}|-|y|{target}"
+
+
+def mark_key(run: str, sequence: str) -> str:
+    """The key of the `ON_SEQUENCE` mark."""
+    return f"{run}|{sequence}"
+
+
+def node_frame(label: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """`rows` as they are stored: known columns with the schema's types, one row per key (the last wins).
+
+    Raises `RowsRejected` for an unknown or missing column, a null key or a value that does not fit its type.
+    """
+    schema = node_label(label)
+    frame = _cast(label, rows, schema.all_columns, required=("key",))
+    return frame.unique(subset="key", keep="last", maintain_order=True)
+
+
+def edge_frame(type: str, rows: pl.DataFrame) -> pl.DataFrame:
+    """`rows` as they are stored: known columns with the schema's types, one row per identity (the last wins).
+
+    Raises `RowsRejected` as `node_frame` does; the ends and the identity columns are required and not null.
+    """
+    schema = edge_type(type)
+    required = ("source", "target", *schema.identity)
+    frame = _cast(type, rows, schema.all_columns, required)
+    return frame.unique(subset=list(required), keep="last", maintain_order=True)
+
+
+def attributes_frame(edges: pl.DataFrame) -> pl.DataFrame:
+    """One sequence's edges as they are stored: `source`, `target`, `src_pos`, `dest_pos`, `weight`, in this order.
+
+    Positions may be left out (-1). Two rows of one identity are an error here, not a correction: they are created, never merged.
+    """
+    columns = {name: column for name, column in EDGES["ATTRIBUTES"].all_columns.items() if name not in ("run", "sequence")}
+    for position in ("src_pos", "dest_pos"):
+        if position not in edges.columns:
+            edges = edges.with_columns(pl.lit(-1).alias(position))
+    frame = _cast("ATTRIBUTES", edges, columns, tuple(columns))
+    identity = ["source", "target", "src_pos", "dest_pos"]
+    doubled = frame.filter(frame.select(identity).is_duplicated())
+    if doubled.height:
+        raise RowsRejected(f"ATTRIBUTES rows: the edge {doubled.row(0)[:4]} (source, target, src_pos, dest_pos) is there twice in one sequence")
+    return frame.select(list(columns))
+
+
+def _cast(what: str, rows: pl.DataFrame, columns: Mapping[str, ColumnType], required: tuple[str, ...]) -> pl.DataFrame:
+    unknown = [name for name in rows.columns if name not in columns]
+    if unknown:
+        raise RowsRejected(f"{what} rows: unknown column {unknown[0]!r}: {what} has {', '.join(columns)}")
+    for name in required:
+        if name not in rows.columns:
+            raise RowsRejected(f"{what} rows: column {name!r} is missing; they have {', '.join(rows.columns) or 'no columns'}")
+        if rows[name].null_count():
+            raise RowsRejected(f"{what} rows: column {name!r} is null in {rows[name].null_count()} of {rows.height} rows; it identifies them")
+    cast = []
+    for name in rows.columns:
+        try:
+            cast.append(rows[name].cast(columns[name].dtype))
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).splitlines()[0]
+            raise RowsRejected(f"{what} rows: column {name!r} must be {columns[name].value}, not {rows[name].dtype}: {reason}") from None
+    return pl.DataFrame(cast)
