@@ -73,7 +73,9 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise NotUtf8(f"{path} is not UTF-8 text: byte {offset + error.start} is 0x{line[error.start]:02x}; convert it, for example by iconv") from None
+                raise NotUtf8(
+                    f"{path} is not UTF-8 text: byte {offset + error.start} is 0x{line[error.start]:02x}; convert it, for example by iconv"
+                ) from None
             offset += len(line)
 
 
@@ -81,7 +83,7 @@ def _pieces(path: Path) -> Iterator[str]:
     piece: list[str] = []
     size = 0
     for line in _lines(path):
-        if size >= _PIECE and not line.strip() or size >= 2 * _PIECE:
+        if (size >= _PIECE and not line.strip()) or size >= 2 * _PIECE:
             yield "".join(piece)
             piece, size = [], 0
         piece.append(line)
@@ -97,10 +99,10 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise BadRecord(f"{path} line {number} is no JSON: {error.msg}; each line is an object such as {{\"text\": \"…\"}}") from None
+            raise BadRecord(f'{path} line {number} is no JSON: {error.msg}; each line is an object such as {{"text": "…"}}') from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise BadRecord(f"{path} line {number} has no string \"text\"; each line is an object such as {{\"text\": \"…\"}}")
+            raise BadRecord(f'{path} line {number} has no string "text"; each line is an object such as {{"text": "…"}}')
         yield text
 
 
@@ -114,7 +116,7 @@ def _data_set_texts(spec: str) -> Iterator[str]:
     for row in data:
         text = row.get("text")
         if not isinstance(text, str):
-            raise NoCorpus(f"data set {spec!r} has no text column \"text\": its columns are {', '.join(sorted(row))}")
+            raise NoCorpus(f'data set {spec!r} has no text column "text": its columns are {", ".join(sorted(row))}')
         yield text
 
 

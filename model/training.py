@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -40,6 +38,8 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import FeatlasError, UserError
@@ -348,7 +348,9 @@ def _fit(site: Site, work: Path, options: TrainingOptions, device: torch.device,
         trainer.n_training_steps += 1
         if step % 20 == 0 or step == steps - 1:
             if not math.isfinite(output.loss.item()):
-                raise TrainingDiverged(f"the loss at {site.name} is {output.loss.item()} in step {step}: lower the learning rate of {options.learning_rate}")
+                raise TrainingDiverged(
+                    f"the loss at {site.name} is {output.loss.item()} in step {step}: lower the learning rate of {options.learning_rate}"
+                )
             report(Progress(site.name, step + 1, steps))
     sae.fold_activation_norm_scaling_factor(scale)
     return sae, steps

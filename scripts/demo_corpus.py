@@ -10,6 +10,7 @@
 OUT/corpus.jsonl gets the texts of 1 and 2 in seeded order, OUT/prompts.jsonl those of 3, one `{"text": …, "source": …}` a line.
 """
 
+# ruff: noqa: SIM905 (word lists read better as text)
 import argparse
 import gzip
 import html
@@ -120,7 +121,9 @@ def names(rng: random.Random) -> str:
     start = rng.choice(("When", "Then,", "After", "While"))
     gave = rng.choice(("gave", "handed", "offered", "sold", "passed"))
     place, thing = rng.choice(PLACES), rng.choice(OBJECTS)
-    joined = rng.choice((f"{first} and {second} went to the {place}", f"{first} and {second} were at the {place}", f"{first} and {second} had a long talk"))
+    joined = rng.choice(
+        (f"{first} and {second} went to the {place}", f"{first} and {second} were at the {place}", f"{first} and {second} had a long talk")
+    )
     return f"{start} {joined}, {giver} {gave} a {thing} to {taker}"
 
 

@@ -1,0 +1,349 @@
+"""Dictionaries: what takes a site's value apart into features, with the derivative of the encoder in our own hands.
+
+1. `prepare` brings the value to the encoder's input: centring, normalisation per position, the decoder bias taken off.
+2. One product with `W_enc` gives every feature's raw value; each kind turns raw values into activations and a mask.
+3. A node is the activation times the position's scale s, so that for every kind
+
+       x = b_dec + Σ node · W_dec + error
+
+   is exact: means, scales of the bias and a centred-off mean stay in the error.
+
+All kinds have an affine decoder. Where the input is not normalised per position the derivative of a node is its mask times
+the encoder's column, which `encoder_rows` and `encode_vjp` use; otherwise they take one batched backward pass.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from .sites import Basis
+
+__all__ = [
+    "Basis",
+    "Dictionary",
+    "GatedDictionary",
+    "IdentityDictionary",
+    "InputTransform",
+    "JumpReLUDictionary",
+    "Kind",
+    "LinearDictionary",
+    "Normalisation",
+    "ReLUDictionary",
+    "TopKDictionary",
+    "per_head_linear",
+]
+
+# The constant that sae_lens adds to the standard deviation on the way in, and not on the way out.
+_LAYER_NORM_EPS = 1e-5
+
+
+class Kind(StrEnum):
+    """How a dictionary makes activations of its input."""
+
+    RELU = "relu"
+    GATED = "gated"
+    TOPK = "topk"
+    JUMPRELU = "jumprelu"
+    LINEAR = "linear"
+    PER_HEAD_LINEAR = "per_head_linear"
+    IDENTITY = "identity"
+
+
+class Normalisation(StrEnum):
+    """Normalisation of the input per position."""
+
+    NONE = "none"
+    LAYER_NORM = "layer_norm"
+    CONSTANT_NORM = "constant_norm_rescale"
+
+
+@dataclass(frozen=True, slots=True)
+class InputTransform:
+    """What happens to a site's value before the encoder's product.
+
+    centred: the mean over the width is taken off first (dictionaries of models with centred writing weights).
+    normalisation: per position. subtract_b_dec: the decoder's bias is taken off last.
+    """
+
+    centred: bool = False
+    normalisation: Normalisation = Normalisation.NONE
+    subtract_b_dec: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary(ABC):
+    """A dictionary of one site; tensors are never changed in place, and nothing is remembered between calls.
+
+    W_dec: (d_sae, d_in). b_dec: (d_in,). prepend_bos: its activations came from sequences with a beginning-of-text token.
+    """
+
+    id: str
+    basis: Basis
+    W_dec: Tensor
+    b_dec: Tensor
+    prepend_bos: bool = False
+
+    kind: ClassVar[Kind]
+
+    @property
+    def d_in(self) -> int:
+        """Width of the site's value."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.W_dec.shape[0]
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Node values of a site's value, (..., d_in) → (..., d_sae), the position's scale included; differentiable."""
+
+    @abstractmethod
+    def active(self, x: Tensor) -> Tensor:
+        """Where a node's derivative is not zero, (..., d_in) → bool (..., d_sae)."""
+
+    def decode(self, nodes: Tensor) -> Tensor:
+        """b_dec + nodes · W_dec, (..., d_sae) → (..., d_in)."""
+        return nodes @ self.W_dec + self.b_dec
+
+    def encoder_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """Row r is the gradient of node index[r] with respect to x[r]; x (n, d_in), index (n,) → (n, d_in)."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            chosen = self.encode(leaf).gather(1, index[:, None]).sum()
+        return torch.autograd.grad(chosen, leaf)[0]
+
+    def encode_vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        """Row r is Σ_j cotangent[r, j] · ∂node_j/∂x at x[r]; x (n, d_in), cotangent (n, d_sae) → (n, d_in)."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            nodes = self.encode(leaf)
+        return torch.autograd.grad(nodes, leaf, grad_outputs=cotangent)[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """This dictionary on another device or in another floating-point type."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device=device, dtype=dtype) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _SparseDictionary(Dictionary):
+    """Kinds with an encoder matrix and a mask. W_enc: (d_in, d_sae)."""
+
+    W_enc: Tensor
+    input: InputTransform = InputTransform()
+
+    # The mask of one feature needs that feature's raw value only (not so for TopK).
+    mask_is_local: ClassVar[bool] = True
+
+    @abstractmethod
+    def activate(self, raw: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Activations before masking and the mask, for raw values x·W_enc (..., n) of the features `columns`."""
+
+    @property
+    def gain(self) -> Tensor | None:
+        """Factor per feature between raw value and activation, (d_sae,); None for 1."""
+        return None
+
+    @cached_property
+    def encoder(self) -> Tensor:
+        """W_enc transposed and contiguous, (d_sae, d_in): its rows are gathered often."""
+        return self.W_enc.T.contiguous()
+
+    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The encoder's input (..., d_in) and the scale s of each position (..., 1), None for 1."""
+        scale = None
+        if self.input.centred:
+            x = x - x.mean(dim=-1, keepdim=True)
+        if self.input.normalisation is Normalisation.LAYER_NORM:
+            x = x - x.mean(dim=-1, keepdim=True)
+            scale = x.std(dim=-1, keepdim=True)
+            x = x / (scale + _LAYER_NORM_EPS)
+        elif self.input.normalisation is Normalisation.CONSTANT_NORM:
+            scale = x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            x = x / scale
+        return (x - self.b_dec if self.input.subtract_b_dec else x), scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        prepared, scale = self.prepare(x)
+        values, mask = self.activate(prepared @ self.W_enc, slice(None))
+        nodes = torch.where(mask, values, 0.0)  # (..., d_sae)
+        return nodes if scale is None else nodes * scale
+
+    def active(self, x: Tensor) -> Tensor:
+        return self.activate(self.prepare(x)[0] @ self.W_enc, slice(None))[1]
+
+    def encoder_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        if self.input.normalisation is not Normalisation.NONE:
+            return super().encoder_rows(x, index)
+        rows = self.encoder[index]  # (n, d_in)
+        if self.mask_is_local:
+            mask = self.activate((self.prepare(x)[0] * rows).sum(-1), index)[1]  # (n,)
+        else:
+            mask = self.active(x).gather(1, index[:, None])[:, 0]
+        factor = mask.to(rows.dtype) if self.gain is None else mask * self.gain[index]
+        return self._project(rows * factor[:, None])
+
+    def encode_vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        if self.input.normalisation is not Normalisation.NONE:
+            return super().encode_vjp(x, cotangent)
+        seen = cotangent * self.active(x)
+        return self._project((seen if self.gain is None else seen * self.gain) @ self.W_enc.T)
+
+    def _project(self, gradient: Tensor) -> Tensor:
+        """The gradient through the centring: the part along (1, …, 1) is lost."""
+        return gradient - gradient.mean(dim=-1, keepdim=True) if self.input.centred else gradient
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReLUDictionary(_SparseDictionary):
+    """relu(x·W_enc + b_enc); sae_lens calls it `standard`. b_enc: (d_sae,)."""
+
+    b_enc: Tensor
+    kind: ClassVar[Kind] = Kind.RELU
+
+    def activate(self, raw: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
+        values = raw + self.b_enc[columns]
+        return values, values > 0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class JumpReLUDictionary(_SparseDictionary):
+    """x·W_enc + b_enc where it exceeds a threshold per feature (and 0); BatchTopK ones become these. b_enc, threshold: (d_sae,)."""
+
+    b_enc: Tensor
+    threshold: Tensor
+    kind: ClassVar[Kind] = Kind.JUMPRELU
+
+    def activate(self, raw: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
+        values = raw + self.b_enc[columns]
+        return values, (values > self.threshold[columns]) & (values > 0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GatedDictionary(_SparseDictionary):
+    """exp(r_mag)·(x·W_enc) + b_mag where it and the gate x·W_enc + b_gate are positive. b_gate, b_mag, r_mag: (d_sae,)."""
+
+    b_gate: Tensor
+    b_mag: Tensor
+    r_mag: Tensor
+    kind: ClassVar[Kind] = Kind.GATED
+
+    @cached_property
+    def gain(self) -> Tensor:  # type: ignore[override]
+        return self.r_mag.exp()
+
+    def activate(self, raw: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
+        values = raw * self.gain[columns] + self.b_mag[columns]
+        return values, (values > 0) & (raw + self.b_gate[columns] > 0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TopKDictionary(_SparseDictionary):
+    """The k largest of x·W_enc + b_enc at a position, those above 0; of equal ones the features of lower index. b_enc: (d_sae,)."""
+
+    b_enc: Tensor
+    k: int
+    kind: ClassVar[Kind] = Kind.TOPK
+    mask_is_local: ClassVar[bool] = False
+
+    def activate(self, raw: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
+        values = raw + self.b_enc[columns]
+        return values, top_k_mask(values.detach(), self.k)
+
+
+def top_k_mask(values: Tensor, k: int) -> Tensor:
+    """Where the `k` largest positive values of the last dimension are, bool (..., d); ties go to the lower index."""
+    smallest = values.topk(min(k, values.shape[-1]), dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)  # (..., 1)
+    positive = values > 0
+    mask = (values >= smallest) & positive
+    if bool((mask.sum(dim=-1) > k).any()):
+        tied = (values == smallest) & positive
+        room = k - (mask & ~tied).sum(dim=-1, keepdim=True)
+        mask &= ~tied | (tied.cumsum(dim=-1) <= room)
+    return mask
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearDictionary(Dictionary):
+    """An affine encoder without sparsity, x·W_enc + b_enc: probes, rotations, linear pairs. W_enc: (d_in, d_sae), b_enc: (d_sae,)."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    kind: ClassVar[Kind] = Kind.LINEAR
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x @ self.W_enc + self.b_enc
+
+    def active(self, x: Tensor) -> Tensor:
+        return torch.ones(*x.shape[:-1], self.d_sae, dtype=torch.bool, device=x.device)
+
+    def encoder_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.W_enc.T[index]
+
+    def encode_vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        return cotangent @ self.W_enc.T
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PerHeadLinearDictionary(LinearDictionary):
+    """A linear dictionary whose features each read and write one attention head (block-diagonal matrices)."""
+
+    kind: ClassVar[Kind] = Kind.PER_HEAD_LINEAR
+
+
+def per_head_linear(
+    id: str, encoders: Tensor, decoders: Tensor, *, b_enc: Tensor | None = None, b_dec: Tensor | None = None
+) -> PerHeadLinearDictionary:
+    """A dictionary on concatenated head outputs from one linear pair per head.
+
+    encoders: (n_heads, head_dim, features). decoders: (n_heads, features, head_dim). Feature f of head h has the index
+    h · features + f. b_enc: (n_heads · features,). b_dec: (n_heads · head_dim,). Biases are 0 unless given.
+    """
+    W_enc = torch.block_diag(*encoders)  # (n_heads * head_dim, n_heads * features)
+    W_dec = torch.block_diag(*decoders)  # (n_heads * features, n_heads * head_dim)
+    return PerHeadLinearDictionary(
+        id=id,
+        basis=Basis.HEADS,
+        W_dec=W_dec,
+        b_dec=W_dec.new_zeros(W_dec.shape[1]) if b_dec is None else b_dec,
+        W_enc=W_enc,
+        b_enc=W_enc.new_zeros(W_enc.shape[1]) if b_enc is None else b_enc,
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class IdentityDictionary(Dictionary):
+    """Every dimension of the site is a feature; the error is 0. Make it by `identity`."""
+
+    kind: ClassVar[Kind] = Kind.IDENTITY
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+    def decode(self, nodes: Tensor) -> Tensor:
+        return nodes
+
+    def active(self, x: Tensor) -> Tensor:
+        return torch.ones(x.shape, dtype=torch.bool, device=x.device)
+
+    def encoder_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        return self.W_dec[index]
+
+    def encode_vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        return cotangent
+
+
+def identity(
+    d_in: int, *, basis: Basis = Basis.RESIDUAL, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> IdentityDictionary:
+    """The identity on a site of width `d_in`: its features are the site's own dimensions."""
+    return IdentityDictionary(
+        id="identity", basis=basis, W_dec=torch.eye(d_in, device=device, dtype=dtype), b_dec=torch.zeros(d_in, device=device, dtype=dtype)
+    )
