@@ -13,16 +13,13 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from ..errors import UserError
 from ..model.sites import EMBED, OUTPUT, SiteGraph, parse_site
-
-if TYPE_CHECKING:
-    from ..queries.store import GraphStore
+from ..queries.store import GraphStore
 
 NO_POSITION = -1
 
@@ -243,7 +240,7 @@ def extract(edges: pl.DataFrame, features: pl.DataFrame, selection: Selection, *
     inputs = list(roots) if roots is not None else root_sites(rows, features)
     nodes, kept = prune(chosen, features, inputs)
     if kept.is_empty():
-        strongest = rows["strength"].max()
+        strongest = rows["strength"].to_numpy().max()
         raise EmptyCircuit(
             f"threshold {selection.threshold:g} (by {selection.by.value}) leaves no path from {', '.join(inputs) or 'an input'} to the output: "
             f"{chosen.height} of {rows.height} edges were kept, the strongest has {strongest:.4g}; lower --threshold or raise --top-edges"
@@ -355,13 +352,13 @@ def top_nodes(circuit: Circuit, n: int, *, kinds: Sequence[str] = ("feature",)) 
     return full.sort(["influence", "key", "pos"], descending=[True, False, False]).head(n)
 
 
-def write_circuit(store: "GraphStore", circuit: Circuit) -> str:
+def write_circuit(store: GraphStore, circuit: Circuit) -> str:
     """Merge the `Circuit` node, its `IN_CIRCUIT`, `CIRCUIT_EDGE` and `OF_RUN` edges; returns its key. Idempotent.
 
     Positions that were kept apart are summed: the graph's nodes are features.
     """
     key, selection = circuit.key, circuit.selection
-    node = {"key": key, "run": selection.run, "threshold": selection.threshold, "by": selection.by.value}
+    node = {"key": key, "run": selection.run, "sequence": selection.sequence, "threshold": selection.threshold, "by": selection.by.value}
     node |= {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges, "average_degree": circuit.average_degree, "density": circuit.density}
     store.merge_nodes("Circuit", pl.DataFrame([node]))
     members = circuit.nodes.group_by("key").agg(pl.col("role").first()).sort("key")

@@ -1,6 +1,12 @@
 """Notes on features: what a person reads instead of an index, from the graph's labels and the statistics store's contexts."""
 
+from collections.abc import Collection
+
 import polars as pl
+
+from ..queries.statistics import StatisticsStore
+from ..queries.store import GraphStore
+from ..queries.subgraphs import model_features
 
 # One row a node: `name` is its label if it has one, else its most telling tokens; `contexts` are its strongest, with the token in 【】.
 NOTES = {"key": pl.String(), "name": pl.String(), "tokens": pl.List(pl.String()), "contexts": pl.List(pl.String()), "frequency": pl.Float64()}
@@ -35,10 +41,33 @@ def _per_key(contexts: pl.DataFrame, n_tokens: int, n_contexts: int) -> pl.DataF
     return tokens.join(lines, on="key")
 
 
-def feature_notes(features: pl.DataFrame, contexts: pl.DataFrame, *, n_tokens: int = 3, n_contexts: int = 4) -> pl.DataFrame:
+def strongest_contexts(statistics: StatisticsStore, run: str, keys: Collection[str]) -> pl.DataFrame:
+    """The contexts (schema `CONTEXTS`) that a finished statistics run kept for the features of these keys."""
+    known = statistics.feature_statistics(run).filter(pl.col("key").is_in(list(keys))).select("key", "site", "feature")
+    frames = [
+        statistics.contexts(run, site).join(known.filter(pl.col("site") == site), on=["site", "feature"]).select(list(CONTEXTS))
+        for site in known["site"].unique(maintain_order=True)
+    ]
+    return pl.concat(frames) if frames else pl.DataFrame(schema=CONTEXTS)
+
+
+def annotate(store: GraphStore, statistics: StatisticsStore, run: str) -> int:
+    """Write `frequency`, `mean_activation` and `statistics_run` of a finished statistics run to the features that the graph has; how many."""
+    properties = statistics.feature_properties(run)
+    present = model_features(store, statistics.run(run).model).select("key")
+    rows = properties.join(present, on="key", how="semi")
+    if rows.height:
+        store.merge_nodes("Feature", rows)
+    return rows.height
+
+
+def feature_notes(
+    features: pl.DataFrame, contexts: pl.DataFrame, *, output: str = "output", n_tokens: int = 3, n_contexts: int = 4
+) -> pl.DataFrame:
     """A frame of schema `NOTES`, one row for each of `features` (`key, site, kind, index, label, frequency`).
 
     `contexts` (schema `CONTEXTS`) are the strongest places of each feature; a feature without label or contexts is named by its index.
+    `output` is what to call the output node: the metric.
     """
     known = features.join(_per_key(contexts.select(list(CONTEXTS)), n_tokens, n_contexts), on="key", how="left", maintain_order="left")
     shown = pl.col("tokens").list.eval(pl.element().str.strip_chars(" ").replace({"": "␣"}).str.replace_all("\n", "⏎", literal=True))
@@ -46,7 +75,7 @@ def feature_notes(features: pl.DataFrame, contexts: pl.DataFrame, *, n_tokens: i
     name = (
         pl.when(pl.col("label").is_not_null()).then(pl.col("label"))
         .when(pl.col("kind") == "error").then(pl.concat_str(pl.lit("error of "), pl.col("site")))
-        .when(pl.col("kind") == "output").then(pl.col("index").cast(pl.String).str.replace_all("_", " ", literal=True))
+        .when(pl.col("kind") == "output").then(pl.lit(output))
         .when(pl.col("tokens").is_not_null()).then(shown.list.unique(maintain_order=True).list.join(", "))
         .otherwise(unnamed)
     )

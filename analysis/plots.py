@@ -113,7 +113,8 @@ def circuit_figure(circuit: Circuit, notes: pl.DataFrame, *, max_edges: int = 15
     nodes = drawing.nodes.join(notes, on="key", how="left", maintain_order="left")
     figure = go.Figure([*_edge_traces(drawing), *_highlights(), *_node_traces(nodes, circuit, notes), _edge_hovers(drawing, notes)])
     height = 170 + _ROW_PIXELS * len(drawing.sites)
-    labels = _labels(nodes, 1.0 if not drawing.positions else float(nodes["pos"].max() + 1))
+    n_positions = int(nodes["pos"].to_numpy().max()) + 1
+    labels = _labels(nodes, n_positions if drawing.positions else 1)
     figure.update_layout(
         title={"text": html.escape(title), "x": 0.5, "font": {"size": 19}}, height=height, template="plotly_white", hovermode="closest",
         font={"family": _FONT, "color": _INK, "size": 13}, margin={"l": 84, "r": 24, "t": 84 if title else 48, "b": 74}, plot_bgcolor="white",
@@ -127,7 +128,7 @@ def circuit_figure(circuit: Circuit, notes: pl.DataFrame, *, max_edges: int = 15
     )
     figure.update_xaxes(visible=drawing.positions, showgrid=False, zeroline=False)
     if drawing.positions:
-        shown = range(int(nodes["pos"].max()) + 1)
+        shown = range(n_positions)
         figure.update_xaxes(tickvals=list(shown), ticktext=[html.escape(readable(tokens[p])) if tokens else str(p) for p in shown], tickangle=0)
     else:
         figure.update_xaxes(range=[-0.06, 1.06])

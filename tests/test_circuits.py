@@ -1,6 +1,7 @@
 """Circuits on graphs small enough to work out by hand."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -16,7 +17,10 @@ from featlas.analysis.circuits import (
     site_summary,
     strongest_paths,
     top_nodes,
+    write_circuit,
 )
+from featlas.queries.store import GraphStore, open_graph
+from featlas.queries.subgraphs import UnknownRun, find_run, model_features
 
 # Two inputs a, b at resid_0; c, d and the error node e at resid_1; f at resid_2; y.
 SITES = {"a": "resid_0", "b": "resid_0", "c": "resid_1", "d": "resid_1", "e": "resid_1", "f": "resid_2", "y": "y"}
@@ -174,6 +178,45 @@ def test_top_nodes_orders_by_influence() -> None:
     top = top_nodes(extract(influences(), features(), Selection("r")), 2)
     assert top["key"].to_list() == ["f", "a"]
     assert top.select("in_strength", "out_strength", "n_in", "n_out").rows() == [(3.25, 5.0, 3, 1), (0.0, 5.5, 0, 3)]
+
+
+def stored_graph(folder: Path) -> GraphStore:
+    """The small graph of this file, in a real embedded store, as the ingest job leaves it."""
+    store = open_graph(folder)
+    store.merge_nodes("Model", pl.DataFrame({"key": ["m@1"], "name": ["m"]}))
+    run = {"key": "run-r", "model": "m@1", "task": "t", "metric": "kl", "dictionaries": '{"resid_0": "d"}'}
+    store.merge_nodes("Run", pl.DataFrame([run]))
+    nodes = features().with_columns(pl.lit("m@1").alias("model"), pl.lit("d").alias("dictionary"), pl.lit(-1).alias("index"))
+    store.merge_nodes("Feature", nodes)
+    store.merge_edges("INFLUENCES", influences().with_columns(pl.lit("run-r").alias("run")))
+    return store
+
+
+def test_written_circuit_is_read_back_and_writing_twice_changes_nothing(tmp_path: Path) -> None:
+    with stored_graph(tmp_path) as store:
+        run = find_run(store)
+        assert (run.key, run.task, run.metric, run.dictionaries) == ("run-r", "t", "kl", {"resid_0": "d"})
+        known = model_features(store, run.model)
+        assert sorted(known["key"]) == sorted(SITES)
+        edges = store.read_edges("INFLUENCES", run=run.key)
+        circuit = extract(edges, known, Selection(run.key, threshold=1.0))
+        assert circuit.nodes["key"].to_list() == ["a", "b", "c", "d", "f", "y"]
+        for _ in range(2):
+            key = write_circuit(store, circuit)
+            node = store.query("MATCH (c:Circuit)-[:OF_RUN]->(r:Run) RETURN c.key AS key, r.key AS run, c.n_nodes AS n, c.n_edges AS m, c.by AS by")
+            assert node.rows() == [(key, "run-r", 6, 6, "abs_weight")]
+            roles = store.query("MATCH (f:Feature)-[i:IN_CIRCUIT]->(:Circuit) RETURN f.key AS key, i.role AS role ORDER BY key")
+            assert roles.rows() == [("a", "input"), ("b", "input"), ("c", "inner"), ("d", "inner"), ("f", "inner"), ("y", "output")]
+            written = store.read_edges("CIRCUIT_EDGE").select("source", "target", "weight").sort("source", "target")
+            assert written.equals(circuit.edges.select("source", "target", "weight").sort("source", "target"))
+        with pytest.raises(UnknownRun, match=r"no run 'zz' in the graph: its runs are run-r \(t\)"):
+            find_run(store, "zz")
+        assert find_run(store, "run").key == "run-r"
+
+
+def test_runs_of_an_empty_graph(tmp_path: Path) -> None:
+    with open_graph(tmp_path) as store, pytest.raises(UnknownRun, match="no runs yet"):
+        find_run(store)
 
 
 def test_a_hundred_thousand_edges_take_seconds() -> None:

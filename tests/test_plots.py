@@ -117,18 +117,18 @@ def test_flow_bars_are_the_summary() -> None:
 def test_notes_name_features_by_label_then_tokens_then_index() -> None:
     columns = ["key", "site", "kind", "index", "label", "frequency"]
     rows = [
-        ("a", "resid_1", "feature", "3", None, 0.1),
-        ("b", "resid_1", "feature", "4", "plural subject", 0.2),
-        ("c", "resid_1", "feature", "5", None, None),
-        ("e", "resid_1", "error", "error", None, None), ("y", "y", "output", "logit_diff", None, None),
+        ("a", "resid_1", "feature", 3, None, 0.1),
+        ("b", "resid_1", "feature", 4, "plural subject", 0.2),
+        ("c", "resid_1", "feature", 5, None, None),
+        ("e", "resid_1", "error", -1, None, None), ("y", "y", "output", -1, None, None),
     ]
     features = pl.DataFrame(rows, schema=columns, orient="row")
     contexts = pl.DataFrame(
         [("a", 3.0, ["x", " y\n"], " are", [" z"]), ("a", -2.0, [], " are", []), ("a", 4.0, ["q"], "\n", [])], schema=CONTEXTS, orient="row"
     )
-    notes = feature_notes(features, contexts)
+    notes = feature_notes(features, contexts, output="logit difference")
     assert notes.schema == pl.Schema(NOTES)
-    assert notes["name"].to_list() == ["are, ⏎", "plural subject", "feature 5", "error of resid_1", "logit diff"]
+    assert notes["name"].to_list() == ["are, ⏎", "plural subject", "feature 5", "error of resid_1", "logit difference"]
     assert notes["contexts"].to_list()[0] == ["q【⏎】", "x y⏎【 are】 z", "【 are】"]
     assert feature_notes(features, contexts.clear())["name"].to_list()[0] == "feature 3"
 
