@@ -173,19 +173,21 @@ def saved_credentials(uri: str, home: Path | None = None) -> tuple[str, str] | N
     return running.username, running.password
 
 
-def run_admin(home: Path, *arguments: str) -> str:
-    """Run one `neo4j-admin` command on the stopped server of `home` and return what it printed.
+def run_admin(home: Path, *arguments: str, folder: Path | None = None) -> str:
+    """Run one `neo4j-admin` command on the stopped server of `home`, in `folder`, and return what it printed.
 
     Raises ServerRunning when it is not stopped, AdminFailed with the command's last lines.
     """
     home = home.absolute()
     if status(home) is not None:
         raise ServerRunning(f"the Neo4j of {home} is running: stop it first (`featlas neo4j down`)")
-    for folder in ("conf", "plugins", "import"):
-        (home / folder).mkdir(parents=True, exist_ok=True)
+    for part in ("conf", "plugins", "import", "logs"):
+        (home / part).mkdir(parents=True, exist_ok=True)
     line = [str(find_java()), "-Dfile.encoding=UTF-8", f"-Dbasedir={home}", "-cp", f"{distribution()}/*", ADMIN_TOOL, *arguments]
     environment = {**os.environ, "NEO4J_HOME": str(home), "NEO4J_CONF": str(home / "conf")}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, errors="replace")
+    done = subprocess.run(
+        line, env=environment, cwd=folder, capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL
+    )  # fmt: skip
     printed = done.stdout + done.stderr
     if done.returncode:
         last_lines = "\n".join(printed.strip().splitlines()[-LOG_TAIL_LINES:])
