@@ -289,10 +289,17 @@ class Binding:
 
 def _keep(run: Forward, layer: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        run.attention[layer] = (args[1:], rest)
+        rest = {name: _shared(value) for name, value in kwargs.items() if name != "hidden_states"}
+        run.attention[layer] = (_shared(args[1:]), rest)
 
     return hook
+
+
+def _shared(value: Any) -> Any:
+    """The first sequence's share of an attention argument: without padding all sequences of one length have the same, and it broadcasts."""
+    if isinstance(value, Tensor):
+        return value[:1] if value.ndim else value
+    return tuple(_shared(v) for v in value) if isinstance(value, tuple) else value
 
 
 def _order(site: Site, n_layers: int) -> tuple[int, int]:

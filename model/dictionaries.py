@@ -112,6 +112,10 @@ class Dictionary(ABC):
         """b_dec + nodes · W_dec, (..., d_sae) → (..., d_in)."""
         return nodes @ self.W_dec + self.b_dec
 
+    def project(self, gradient: Tensor) -> Tensor:
+        """A gradient with respect to the site's value as one with respect to its nodes, W_dec · g: (..., d_in) → (..., d_sae)."""
+        return gradient @ self.W_dec.T
+
     def encoder_rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Row r is the gradient of node index[r] with respect to x[r]; x (n, d_in), index (n,) → (n, d_in)."""
         with torch.enable_grad():
@@ -329,6 +333,9 @@ class IdentityDictionary(Dictionary):
 
     def decode(self, nodes: Tensor) -> Tensor:
         return nodes
+
+    def project(self, gradient: Tensor) -> Tensor:
+        return gradient
 
     def active(self, x: Tensor) -> Tensor:
         return torch.ones(x.shape, dtype=torch.bool, device=x.device)
