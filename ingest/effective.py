@@ -35,6 +35,9 @@ from ..model.tasks import PairBatch
 CHUNK_BYTES = 192 * 2**20
 """How much one chunk of rows may take, the backward pass' intermediates included (estimated)."""
 
+LENGTHS = 16
+"""Into how many lengths a sequence is cut at most where rows at different positions see prefixes of different length."""
+
 CONSISTENCY = 1e-3
 """Relative difference allowed between a site and its own recomputation from its parents' clean values."""
 
@@ -368,9 +371,23 @@ def _reachable(prepared: Prepared, function: LocalFunction, cell: Tensor) -> Ten
 def _edges_into(prepared: Prepared, function: LocalFunction, rows: _Rows) -> Iterator[_Coo]:
     """Batched VJPs of the local function over all rows, contracted and thresholded chunk by chunk."""
     _, pos = prepared.shape
-    lane_of = rows.cell // pos if function.mixes_positions else rows.cell
+    if not function.mixes_positions:
+        yield from _grouped_by_lane(prepared, function, rows, torch.arange(len(rows), device=rows.cell.device), None)
+        return
+    # A row at position p has no gradient after p: rows of nearby positions go together, through a sequence cut behind the last.
+    width = max(1, pos // LENGTHS)
+    bucket = rows.cell % pos // width
+    for number in bucket.unique().tolist():
+        which = (bucket == number).nonzero().flatten()
+        length = int((rows.cell[which] % pos).max()) + 1
+        yield from _grouped_by_lane(prepared, function, rows, which, length)
+
+
+def _grouped_by_lane(prepared: Prepared, function: LocalFunction, rows: _Rows, which: Tensor, length: int | None) -> Iterator[_Coo]:
+    """Pack the rows `which` into lanes: sequences of `length` positions, or single cells where `length` is None."""
+    lane_of = rows.cell[which] // prepared.shape[1] if length else rows.cell[which]
     lanes, lane, counts = lane_of.unique(return_inverse=True, return_counts=True)  # rows are sorted by cell, hence by lane
-    slot = torch.arange(len(rows), device=lane.device) - (counts.cumsum(0) - counts)[lane]
+    slot = torch.arange(len(which), device=lane.device) - (counts.cumsum(0) - counts)[lane]
     upper = int(counts.max())
     while upper > 0:
         lower = upper // 2
@@ -379,47 +396,49 @@ def _edges_into(prepared: Prepared, function: LocalFunction, rows: _Rows) -> Ite
         if len(chosen):
             place = torch.full((len(lanes),), -1, device=lane.device)
             place[chosen] = torch.arange(len(chosen), device=lane.device)
-            which = (place[lane] >= 0).nonzero().flatten()
-            packing = _Packing(lanes[chosen], place[lane[which]], slot[which], which)
-            yield from _lane_group(prepared, function, rows, packing)
+            here = (place[lane] >= 0).nonzero().flatten()
+            yield from _lane_group(prepared, function, rows, _Packing(lanes[chosen], place[lane[here]], slot[here], which[here], length))
         upper = lower
 
 
 class _Packing(NamedTuple):
-    """Which rows go where: `row` sits in `slot` of lane number `lane`; `lanes` are the sequences or cells themselves."""
+    """Which rows go where: `row` sits in `slot` of lane number `lane`; `lanes` are the sequences or cells themselves.
+
+    `length` is how many positions of a sequence a lane has, None where lanes are single cells.
+    """
 
     lanes: Tensor
     lane: Tensor
     slot: Tensor
     row: Tensor
+    length: int | None
+
+    def at_lanes(self, value: Tensor) -> Tensor:
+        """A site's value (batch, pos, width) at the lanes, (lanes, length or 1, width)."""
+        return value.flatten(0, 1)[self.lanes][:, None] if self.length is None else value[self.lanes, : self.length]
 
 
 def _lane_group(prepared: Prepared, function: LocalFunction, rows: _Rows, packing: _Packing) -> Iterator[_Coo]:
     """Run the local function once on the group's lanes, then one batched VJP per chunk of slots."""
     pos = prepared.shape[1]
-    mixing = function.mixes_positions
-
-    def at_lanes(value: Tensor) -> Tensor:
-        return value[packing.lanes] if mixing else value.flatten(0, 1)[packing.lanes][:, None]  # (lanes, pos or 1, width)
-
-    leaves = {parent: at_lanes(prepared.values[parent]).requires_grad_() for parent in function.parents}
-    constants = {site: at_lanes(prepared.values[site]) for site in function.constants}
+    leaves = {parent: packing.at_lanes(prepared.values[parent]).requires_grad_() for parent in function.parents}
+    constants = {site: packing.at_lanes(prepared.values[site]) for site in function.constants}
+    run = prepared.run if packing.length in (None, pos) else prepared.run.shortened(packing.length)
     with torch.enable_grad():
-        out = function(leaves, constants, prepared.run)  # (lanes, pos or 1, width)
-    _check_consistent(out, at_lanes(prepared.values[function.target]), function.site)
-    inner = pos if mixing else 1
+        out = function(leaves, constants, run)  # (lanes, length or 1, width)
+    _check_consistent(out, packing.at_lanes(prepared.values[function.target]), function.site)
     n_slots = int(packing.slot.max()) + 1
-    step = max(1, CHUNK_BYTES // (len(packing.lanes) * inner * _row_bytes(prepared.binding, function)))
+    step = max(1, CHUNK_BYTES // (out.shape[0] * out.shape[1] * _row_bytes(prepared.binding, function)))
     for low in range(0, n_slots, step):
         in_chunk = ((packing.slot >= low) & (packing.slot < low + step)).nonzero().flatten()
         slot, lane, row = packing.slot[in_chunk] - low, packing.lane[in_chunk], packing.row[in_chunk]
         n = min(step, n_slots - low)
-        cotangent = out.new_zeros(n, *out.shape)  # (slots, lanes, pos or 1, width)
-        cotangent[slot, lane, rows.cell[row] % pos if mixing else torch.zeros_like(slot)] = rows.cotangent[row]
+        cotangent = out.new_zeros(n, *out.shape)  # (slots, lanes, length or 1, width)
+        cotangent[slot, lane, torch.zeros_like(slot) if packing.length is None else rows.cell[row] % pos] = rows.cotangent[row]
         grads = torch.autograd.grad(out, list(leaves.values()), cotangent, is_grads_batched=True, retain_graph=True)
         row_at = torch.full((n, len(packing.lanes)), -1, device=row.device)
         row_at[slot, lane] = row
-        yield from _contract(prepared, function, dict(zip(leaves, grads, strict=True)), row_at, packing.lanes, rows.cell)
+        yield from _contract(prepared, dict(zip(leaves, grads, strict=True)), row_at, packing, rows.cell)
 
 
 def _row_bytes(binding: Binding, function: LocalFunction) -> int:
@@ -441,18 +460,18 @@ def _check_consistent(ours: Tensor, theirs: Tensor, site: Site) -> None:
 
 
 def _contract(
-    prepared: Prepared, function: LocalFunction, grads: Mapping[Site, Tensor], row_at: Tensor, lanes: Tensor, row_cell: Tensor
+    prepared: Prepared, grads: Mapping[Site, Tensor], row_at: Tensor, packing: _Packing, row_cell: Tensor
 ) -> Iterator[_Coo]:
     """Effects of every changed parent node on the rows of one chunk, kept by threshold and by rank.
 
-    `grads`: parent → (slots, lanes, pos or 1, width); `row_at`: (slots, lanes) row or −1.
+    `grads`: parent → (slots, lanes, length or 1, width); `row_at`: (slots, lanes) row or −1.
     """
-    batch, pos = prepared.shape
-    # lane_at: cell → place among the lanes' flattened cells, −1 where the chunk has none
-    cells = (lanes[:, None] * pos + torch.arange(pos, device=lanes.device)).flatten() if function.mixes_positions else lanes
+    (batch, pos), lanes = prepared.shape, packing.lanes
+    per_lane = packing.length or 1
+    cells = lanes if packing.length is None else (lanes[:, None] * pos + torch.arange(per_lane, device=lanes.device)).flatten()
+    # place: cell → its number among the lanes' flattened cells, −1 where the chunk has none
     place = torch.full((batch * pos,), -1, device=lanes.device)
     place[cells] = torch.arange(len(cells), device=lanes.device)
-    per_lane = len(cells) // len(lanes)
     found = []
     for parent, grad in grads.items():
         gradient = grad.flatten(1, 2)  # (slots, cells of the lanes, width)

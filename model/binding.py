@@ -63,6 +63,15 @@ class Forward:
     logits: Tensor | None = None
     attention: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
 
+    def shortened(self, length: int) -> "Forward":
+        """The attention's arguments for the first `length` positions alone; a causal model computes the same there."""
+        short = Forward()
+        for layer, (args, kwargs) in self.attention.items():
+            if any(isinstance(value, Tensor) for value in args):
+                raise UnknownArchitecture("attention takes tensors by position besides the hidden states: this architecture is not supported")
+            short.attention[layer] = (args, {name: _cut(name, value, length) for name, value in kwargs.items()})
+        return short
+
 
 class _Stop(Exception):
     """Ends a run once the last wanted site is recorded."""
@@ -295,6 +304,23 @@ def _keep(run: Forward, layer: int) -> Callable[..., None]:
     return hook
 
 
+# Which dimensions of an attention argument run over positions.
+_POSITION_DIMS = {"attention_mask": (-2, -1), "position_ids": (-1,), "position_embeddings": (-2,), "cache_position": (-1,)}
+
+
+def _cut(name: str, value: Any, length: int) -> Any:
+    """An attention argument cut to the first `length` positions."""
+    if isinstance(value, tuple):
+        return tuple(_cut(name, v, length) for v in value)
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if name not in _POSITION_DIMS:
+        raise UnknownArchitecture(f"attention takes a tensor {name!r}: this architecture is not supported")
+    for dim in _POSITION_DIMS[name]:
+        value = value.narrow(dim, 0, min(length, value.shape[dim]))
+    return value
+
+
 def _shared(value: Any) -> Any:
     """The first sequence's share of an attention argument: without padding all sequences of one length have the same, and it broadcasts."""
     if isinstance(value, Tensor):
@@ -413,11 +439,12 @@ def _check_composition(binding: Binding) -> None:
     tokens = torch.tensor([[(7 * i + 3) % vocab for i in range(6)], [(5 * i + 1) % vocab for i in range(6)]])
     layers: Sequence[Site] = [Site(SiteKind.RESID, layer) for layer in range(binding.n_layers)]
     run = binding.forward(tokens, dict.fromkeys([EMBED, *layers], Basis.RESIDUAL), keep_attention=True)
-    before = run.values[EMBED]
+    before, short = run.values[EMBED], run.shortened(3)
     for layer in layers:
         attn = binding.attend(layer.layer, before, run)
         mlp = binding.transform(layer.layer, before if binding.parallel else before + attn)
         _compare(before + attn + mlp, run.values[layer], f"block {layer.layer}", binding)
+        _compare(binding.attend(layer.layer, before[:, :3], short), attn[:, :3], f"attention {layer.layer} on a shorter sequence", binding)
         before = run.values[layer]
     assert run.logits is not None
     _compare(binding.logits(before[:, -1]), run.logits, "the output head", binding)
