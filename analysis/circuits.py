@@ -11,7 +11,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -20,6 +20,7 @@ import polars as pl
 from ..errors import UserError
 from ..model.sites import EMBED, OUTPUT, SiteGraph, parse_site
 from ..queries.store import GraphStore
+from ..queries.subgraphs import RunRow, model_features
 
 NO_POSITION = -1
 
@@ -154,6 +155,15 @@ def select(rows: pl.DataFrame, selection: Selection) -> pl.DataFrame:
     return kept.sort(order, descending=[True, False, False, False, False]).head(selection.top_edges)
 
 
+def threshold_for(rows: pl.DataFrame, n_edges: int) -> float:
+    """The threshold that the `n_edges` strongest of these edges reach, rounded down to three digits; 0 where there are no more than that."""
+    if rows.height <= n_edges:
+        return 0.0
+    strength = float(np.partition(rows["strength"].to_numpy(), -n_edges)[-n_edges])  # the n-th largest
+    step = 10.0 ** (np.floor(np.log10(strength)) - 2) if strength > 0 else 1.0
+    return float(f"{np.floor(strength / step) * step:.3g}")
+
+
 def _reach(start: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Nodes reached from the `start` mask along source -> target; as many rounds as the longest path has edges."""
     reached = start
@@ -251,6 +261,17 @@ def extract(edges: pl.DataFrame, features: pl.DataFrame, selection: Selection, *
         nodes.select("key", "pos", "site", "layer", "kind", "index", "role", "influence"),
         kept.select("source", "target", "src_pos", "dest_pos", "weight", "strength", "share", "flow"),
     )
+
+
+def run_circuit(store: GraphStore, run: RunRow, selection: Selection, *, n_edges: int | None = None) -> Circuit:
+    """The circuit of a run in a graph. With `n_edges` the selection's threshold is replaced by the one that so many edges reach.
+
+    Raises `NoEdges` and `EmptyCircuit` as `extract` does.
+    """
+    edges = store.read_edges("INFLUENCES" if selection.sequence is None else "ATTRIBUTES", run=run.key)
+    if n_edges is not None and edges.height:
+        selection = replace(selection, threshold=threshold_for(strengths(edges, selection), n_edges))
+    return extract(edges, model_features(store, run.model), selection)
 
 
 def strongest_paths(circuit: Circuit, n: int = 10, *, rule: PathRule = PathRule.PRODUCT) -> tuple[Path, ...]:

@@ -11,8 +11,11 @@ from string import Template
 
 import polars as pl
 
-from .circuits import Circuit, Path, PathRule, site_summary, top_nodes
-from .notes import readable
+from ..queries.statistics import StatisticsStore
+from ..queries.store import GraphStore
+from ..queries.subgraphs import RunRow, model_features, run_sequences
+from .circuits import Circuit, Path, PathRule, site_summary, strongest_paths, top_nodes
+from .notes import CONTEXTS, feature_notes, readable, strongest_contexts
 from .plots import circuit_figure, embedded, flow_figure, plotly_script
 
 
@@ -20,8 +23,8 @@ from .plots import circuit_figure, embedded, flow_figure, plotly_script
 class Report:
     """What the page says.
 
-    `settings` are (name, value) of the run; `tasks` has columns `task, pairs, accuracy, logit_diff`; `notes` are of schema
-    `notes.NOTES`; `commands` are what to try next; `tokens` those of the one sequence whose positions were kept.
+    `settings` are (name, value) of the run; `tasks` is as `task_summary` gives it; `notes` are of schema `notes.NOTES`;
+    `commands` are what to try next; `tokens` those of the one sequence whose positions were kept.
     """
 
     title: str
@@ -118,10 +121,61 @@ def _path(path: Path, circuit: Circuit, notes: pl.DataFrame, rule: PathRule) -> 
 
 def _tasks(tasks: pl.DataFrame) -> str:
     """Table of the tasks and how well the model does on them."""
-    head = _head("task", "#pairs", "#accuracy", "#mean logit difference")
+    head = _head("task", "#pairs", "#answer preferred", "#metric, clean", "#metric, corrupted")
     lines = [
-        f'<tr><td>{html.escape(task)}</td><td class="number">{pairs}</td>'
-        f'<td class="number">{accuracy:.0%}</td><td class="number">{difference:+.2f}</td></tr>'
-        for task, pairs, accuracy, difference in tasks.select("task", "pairs", "accuracy", "logit_diff").iter_rows()
+        f'<tr><td>{html.escape(task)}</td><td class="number">{pairs}</td><td class="number">{"" if solved is None else f"{solved:.0%}"}</td>'
+        f'<td class="number">{_signed(clean)}</td><td class="number">{_signed(corrupt)}</td></tr>'
+        for task, pairs, solved, clean, corrupt in tasks.select("task", "pairs", "solved", "clean", "corrupt").iter_rows()
     ]
     return f'<table class="settings">{head}{"".join(lines)}</table>'
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.2f}"
+
+
+def task_summary(sequences: pl.DataFrame, metric: str) -> pl.DataFrame:
+    """Per task of a run's sequences: `task, pairs, solved, clean, corrupt`.
+
+    `clean` and `corrupt` are the metric's means on either text; `solved`, for the logit difference only, is the share of pairs whose
+    clean text makes the right answer likelier than the wrong one.
+    """
+    solved = (pl.col("metric_clean") > 0).mean() if metric == "logit_diff" else pl.lit(None, dtype=pl.Float64)
+    means = [pl.col("metric_clean").mean().alias("clean"), pl.col("metric_corrupt").mean().alias("corrupt")]
+    return sequences.group_by("task").agg(pl.len().alias("pairs"), solved.alias("solved"), *means).sort("task")
+
+
+_SETTINGS = (
+    "key", "model", "task", "method", "steps", "metric", "baseline", "threshold", "max_edges", "aggregation", "seed",
+    "n_sequences", "n_edges", "version",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """How much of it: paths, features in the table, edges in the drawing; and the commands to try next."""
+
+    n_paths: int = 10
+    n_features: int = 25
+    max_edges: int = 150
+    rule: PathRule = PathRule.PRODUCT
+    commands: Sequence[str] = ()
+
+
+def gather(store: GraphStore, statistics: StatisticsStore | None, run: RunRow, circuit: Circuit, options: PageOptions) -> Report:
+    """Everything the page says about a circuit, from the graph and, where there is one, the statistics store of its atlas."""
+    measured = statistics.latest_run(run.model, run.dictionaries) if statistics is not None else None
+    features = model_features(store, run.model).join(circuit.nodes.select("key").unique(), on="key", how="semi")
+    contexts = pl.DataFrame(schema=CONTEXTS)
+    if statistics is not None and measured is not None:
+        contexts = strongest_contexts(statistics, measured.run, features["key"].to_list())
+    settings = [(name, str(run.properties[name])) for name in _SETTINGS if run.properties.get(name) is not None]
+    settings += [("dictionaries", ", ".join(f"{site}: {dictionary}" for site, dictionary in run.dictionaries.items()))]
+    settings += [("statistics", f"{measured.run}: {measured.tokens:,} tokens of {measured.corpus}")] if measured is not None else []
+    metric = run.metric.replace("_", " ")
+    return Report(
+        title=f"{run.model.split('@')[0]}: {run.task}", subtitle=f"effects on the {metric}, run {run.key}", circuit=circuit,
+        notes=feature_notes(features, contexts, output=metric), paths=strongest_paths(circuit, options.n_paths, rule=options.rule), rule=options.rule,
+        settings=settings, tasks=task_summary(run_sequences(store, run.key), run.metric), commands=options.commands, max_edges=options.max_edges,
+        n_features=options.n_features,
+    )  # fmt: skip

@@ -32,6 +32,7 @@ FEATURES = {
     "index": pl.Int64(), "label": pl.String(), "frequency": pl.Float64(),
 }  # fmt: skip
 SEQUENCES = {name: pl.String() for name in ("key", "task", "clean", "corrupt", "answer", "wrong_answer")}
+MEASURED = {"metric_clean": pl.Float64(), "metric_corrupt": pl.Float64(), "n_edges": pl.Int64()}
 
 
 def _typed(rows: pl.DataFrame, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
@@ -71,7 +72,7 @@ def model_features(store: GraphStore, model: str) -> pl.DataFrame:
 
 
 def run_sequences(store: GraphStore, run: str) -> pl.DataFrame:
-    """The sequences that a run has done, as `SEQUENCES`, by key."""
-    columns = ", ".join(f"s.{name} AS {name}" for name in SEQUENCES)
-    rows = store.query(f"MATCH (r:Run)-[:ON_SEQUENCE]->(s:Sequence) WHERE r.key = $run RETURN {columns} ORDER BY s.key", {"run": run})
-    return _typed(rows, SEQUENCES)
+    """The sequences that a run has done, as `SEQUENCES` and `MEASURED` (the metric on either text, the edges kept), by key."""
+    columns = ", ".join([f"s.{name} AS {name}" for name in SEQUENCES] + [f"m.{name} AS {name}" for name in MEASURED])
+    rows = store.query(f"MATCH (r:Run)-[m:ON_SEQUENCE]->(s:Sequence) WHERE r.key = $run RETURN {columns} ORDER BY s.key", {"run": run})
+    return _typed(rows, {**SEQUENCES, **MEASURED})

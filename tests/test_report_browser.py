@@ -23,7 +23,7 @@ _PLACE = """() => {
 
 def page_text() -> str:
     circuit, notes = layered_circuit()
-    tasks = pl.DataFrame([("agreement", 20, 0.9, 2.1)], schema=["task", "pairs", "accuracy", "logit_diff"], orient="row")
+    tasks = pl.DataFrame([("agreement", 20, 0.9, 2.1, -1.0)], schema=["task", "pairs", "solved", "clean", "corrupt"], orient="row")
     return render(Report(
         title=f"Circuit {HOSTILE}", subtitle="sub", circuit=circuit, notes=notes, paths=strongest_paths(circuit, 5), rule=PathRule.PRODUCT,
         settings=[("model", "smollm2@x"), ("task", HOSTILE)], tasks=tasks, commands=["featlas query hubs --param k=5", f"echo {HOSTILE}"],

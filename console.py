@@ -1,0 +1,137 @@
+"""What the commands print with: tables, progress bars, frames in the formats that machines read.
+
+Results go to standard output, everything said on the way (progress, notes) to standard error.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(e[+-]?\d+)?%?|")
+_PIPED_WIDTH = 160  # columns of a table that does not go to a terminal
+
+
+class Format(StrEnum):
+    """How a frame is printed or saved."""
+
+    TABLE = "table"
+    JSON = "json"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+class NeedsOutput(UserError):
+    """A format that no terminal can show was asked for without a file."""
+
+
+class OutputFails(UserError):
+    """The file asked for cannot be written."""
+
+
+def _console(stream: TextIO) -> Console:
+    return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH, markup=False, highlight=False, soft_wrap=False)
+
+
+def say(text: str = "") -> None:
+    """A line of the result."""
+    _console(sys.stdout).print(Text(text), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A line about the work, on standard error."""
+    _console(sys.stderr).print(Text(text, style="dim"), soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    """A line that opens a part of the result."""
+    _console(sys.stdout).print(Text(f"\n{text}", style="bold"), soft_wrap=True)
+
+
+def say_json(value: object) -> None:
+    """A value for machines."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1, default=str) + "\n")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+    """A table of text; a column whose values are all numbers is set to the right. Nothing in it is read as markup."""
+    lines = [[_cell(value) for value in row] for row in rows]
+    values = list(zip(*lines)) if lines else [() for _ in columns]
+    grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, column in zip(columns, values):
+        numeric = bool(column) and all(_NUMBER.fullmatch(cell) for cell in column)
+        grid.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for line in lines:
+        grid.add_row(*(Text(cell) for cell in line))
+    _console(sys.stdout).print(grid)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_cell(item) for item in value)
+    return str(value).replace("\n", "⏎")
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on standard error: call with (done, total, detail); without a terminal it says nothing."""
+    console = _console(sys.stderr)
+    columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+    columns += [TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(label, total=None, detail="")
+
+        def report(done: int, total: int, detail: str = "") -> None:
+            bar.update(task, completed=done, total=total, detail=detail)
+
+        yield report
+
+
+def write_frame(frame: "pl.DataFrame", format: Format, output: Path | None = None) -> None:
+    """Print a frame, or save it; raises `NeedsOutput` for parquet without a file and `OutputFails`."""
+    if format is Format.PARQUET and output is None:
+        raise NeedsOutput("--format parquet is binary: name a file with --output FILE.parquet")
+    if output is None:
+        if format is Format.TABLE:
+            table(frame.columns, frame.iter_rows())
+        else:
+            sys.stdout.write(_text(frame, format))
+        return
+    try:
+        if format is Format.PARQUET:
+            frame.write_parquet(output)
+        else:
+            output.write_text(_text(frame, format), encoding="utf-8")
+    except OSError as error:
+        raise OutputFails(f"cannot write {output}: {error.strerror or error}") from None
+
+
+def _text(frame: "pl.DataFrame", format: Format) -> str:
+    """A frame as CSV (lists as JSON), or as JSON rows; a table saved to a file is tab-separated."""
+    if format is Format.JSON:
+        return json.dumps(frame.to_dicts(), ensure_ascii=False, indent=1, default=str) + "\n"
+    import polars as pl
+
+    nested = [name for name, dtype in frame.schema.items() if dtype.is_nested()]
+    flat = frame.with_columns(
+        pl.col(name).map_elements(lambda value: json.dumps(list(value), ensure_ascii=False), return_dtype=pl.String) for name in nested
+    )
+    return flat.write_csv(separator="\t" if format is Format.TABLE else ",")

