@@ -121,10 +121,8 @@ def names(rng: random.Random) -> str:
     start = rng.choice(("When", "Then,", "After", "While"))
     gave = rng.choice(("gave", "handed", "offered", "sold", "passed"))
     place, thing = rng.choice(PLACES), rng.choice(OBJECTS)
-    joined = rng.choice(
-        (f"{first} and {second} went to the {place}", f"{first} and {second} were at the {place}", f"{first} and {second} had a long talk")
-    )
-    return f"{start} {joined}, {giver} {gave} a {thing} to {taker}"
+    did = rng.choice((f"went to the {place}", f"were at the {place}", "had a long talk"))
+    return f"{start} {first} and {second} {did}, {giver} {gave} a {thing} to {taker}"
 
 
 def pronouns(rng: random.Random) -> str:
