@@ -187,6 +187,11 @@ def open_graph(target: str | Path, *, credentials: ServerCredentials | None = No
     return LadybugStore(path / "graph.lbug" if path.is_dir() else path, read_only=read_only)
 
 
+def graph_target(atlas: Path, graph: str | None = None) -> str | Path:
+    """Where the graph is: `graph` if given, else the server of NEO4J_URI, else the embedded file of the atlas."""
+    return graph or os.environ.get("NEO4J_URI") or atlas / "graph.lbug"
+
+
 def result_frame(names: Sequence[str], columns: Sequence[Sequence[object]]) -> pl.DataFrame:
     """The frame of a query's result from its columns of plain values: a column mixed of several types is text, JSON where need be."""
     series = []

@@ -1,0 +1,441 @@
+"""The graph store on a server: Neo4j 5.26 or later, by the official driver.
+
+How it is written and read fast:
+
+1. Edges go in as columns, not as rows: each statement first collects the nodes that its edges join, once each, and the edges
+   name them by position. A sequence's edges and its mark are one managed transaction, which the driver repeats on a deadlock.
+2. Edges come back as columns too, by `collect()`, in groups of a bounded number of edges: a row at a time is five times slower.
+
+Reading queries run in a session of read access: the server itself refuses to write.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, LiteralString, cast
+
+import neo4j
+import polars as pl
+from neo4j.exceptions import AuthError, ClientError, ConfigurationError, DriverError, Neo4jError, ServiceUnavailable
+from neo4j.graph import Node, Path, Relationship
+
+from ..errors import FeatlasError
+from . import schema
+from .schema import EDGES, NODES, SCHEMA_VERSION, STRING, VERSION_KEY, EdgeType
+from .store import (
+    GraphStore,
+    NotAGraph,
+    QueryRejected,
+    SchemaVersionMismatch,
+    SequenceCommit,
+    ServerCredentials,
+    StoreFailed,
+    StoreUnreachable,
+    UnknownDatabase,
+    UnknownEndpoint,
+    WriteRefused,
+    WrongCredentials,
+    rendered_node,
+    rendered_relationship,
+    result_frame,
+)
+
+log = logging.getLogger(__name__)
+# The driver's own log is for those who ask for it; what went wrong is in the errors raised here.
+logging.getLogger("neo4j").addHandler(logging.NullHandler())
+
+CONNECTION_TIMEOUT_S = 10.0
+ROWS_PER_STATEMENT = 20_000
+ROWS_PER_TRANSACTION = 100_000  # of idempotent merges; a sequence is never split
+EDGES_PER_RECORD = 100_000
+
+# The driver asks for literal text as a guard against users' text inside statements; ours holds only names from the schema.
+Statement = LiteralString
+
+
+class Neo4jStore(GraphStore):
+    """The graph on the server at `uri`. Opening raises what `store.open_graph` lists, naming the URI and never the password."""
+
+    def __init__(self, uri: str, credentials: ServerCredentials, *, read_only: bool = False) -> None:
+        self.uri = uri
+        self.read_only = read_only
+        self._database = credentials.database
+        self._driver = _driver(uri, _completed(uri, credentials))
+        try:
+            with _readable_errors(uri, credentials.database):
+                self._driver.verify_connectivity()
+                self._check_schema()
+        except BaseException:
+            self._driver.close()
+            raise
+
+    def merge_nodes(self, label: str, rows: pl.DataFrame) -> None:
+        frame = schema.node_frame(label, rows)
+        sets = [f"n.`{name}` = ${name}[i]" for name in frame.columns if name != "key"]
+        text = f"UNWIND range(0, size($key) - 1) AS i MERGE (n:{label} {{key: $key[i]}})" + (f" SET {', '.join(sets)}" if sets else "")
+
+        def work(tx: neo4j.ManagedTransaction, part: pl.DataFrame) -> None:
+            for statement in part.iter_slices(ROWS_PER_STATEMENT):
+                _run(tx, text, statement.to_dict(as_series=False)).consume()
+
+        with self._writing() as session:
+            for part in frame.iter_slices(ROWS_PER_TRANSACTION):
+                session.execute_write(work, part)
+
+    def merge_edges(self, type: str, rows: pl.DataFrame) -> None:
+        edge, frame = schema.edge_type(type), schema.edge_frame(type, rows)
+        with self._writing() as session:
+            for (source, target), own in session.execute_read(_by_ends, edge, frame):
+                text = _edges_text(edge, source, target, "MERGE", [name for name in edge.columns if name in own.columns])
+                for part in own.iter_slices(ROWS_PER_TRANSACTION):
+                    session.execute_write(_write_edges, text, part)
+
+    def commit_sequences(self, commits: Sequence[SequenceCommit]) -> int:
+        with self._writing() as session:
+            return session.execute_write(lambda tx: sum(_commit(tx, commit) for commit in commits))
+
+    def query(self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False) -> pl.DataFrame:
+        if write and self.read_only:
+            raise WriteRefused("the graph was opened read-only")
+        access = neo4j.WRITE_ACCESS if write else neo4j.READ_ACCESS
+        with _readable_errors(self.uri, self._database, users_query=True), self._session(access) as session:
+            if write:
+                # Not a managed transaction: CALL … IN TRANSACTIONS must be the one to begin them.
+                names, rows = _fetch(session.run(cast(Statement, cypher), dict(parameters or {})))
+            else:
+                names, rows = session.execute_read(lambda tx: _fetch(_run(tx, cypher, parameters)))
+        return result_frame(names, [[_plain(row[i]) for row in rows] for i in range(len(names))])
+
+    def read_edges(self, type: str, *, run: str | None = None) -> pl.DataFrame:
+        edge = schema.edge_type(type)
+        only = run if "run" in edge.properties else None
+        with _readable_errors(self.uri, self._database), self._session(neo4j.READ_ACCESS, fetch_size=4) as session:
+            parts = [part for ends in edge.ends for part in _edge_parts(session, edge, *ends, run=only)]
+        types = {name: column.dtype for name, column in edge.all_columns.items()}
+        return pl.concat([pl.DataFrame(schema=types), *parts]).sort(edge.order)
+
+    def close(self) -> None:
+        self._driver.close()
+
+    def _session(self, access: str, fetch_size: int = 1000) -> neo4j.Session:
+        return self._driver.session(database=self._database, default_access_mode=access, fetch_size=fetch_size)
+
+    @contextmanager
+    def _writing(self) -> Iterator[neo4j.Session]:
+        """A session for writing whose errors are the store's."""
+        if self.read_only:
+            raise WriteRefused("the graph was opened read-only")
+        with _readable_errors(self.uri, self._database), self._session(neo4j.WRITE_ACCESS) as session:
+            yield session
+
+    # Schema
+
+    def _check_schema(self) -> None:
+        text = "MATCH (m:Meta {key: $key}) RETURN m.value"
+        with self._session(neo4j.READ_ACCESS) as session:
+            rows = _rows(session, text, {"key": VERSION_KEY})
+            ours = "MATCH (n) WHERE any(label IN labels(n) WHERE label IN $labels) RETURN n LIMIT 1"
+            labels = [label for label in NODES if label != "Meta"]
+            used = bool(rows) or bool(_rows(session, ours, {"labels": labels}))
+        if rows and rows[0][0] == str(SCHEMA_VERSION):
+            return
+        if rows:
+            raise SchemaVersionMismatch(self.uri, rows[0][0])
+        if used:
+            raise NotAGraph(f"{self.uri} has nodes labelled like featlas's but no featlas graph: use another database (NEO4J_DATABASE) or server")
+        if self.read_only:
+            raise NotAGraph(f"{self.uri} holds no featlas graph yet: ingest into it first (featlas ingest edges)")
+        self._create_schema()
+
+    def _create_schema(self) -> None:
+        with self._session(neo4j.WRITE_ACCESS) as session:
+            for text in _schema_statements():
+                session.execute_write(_consume, text)
+            session.execute_write(_consume, "CALL db.awaitIndexes(60)")
+            # The version comes last: a creation that was cut off is begun again.
+            version = {"key": VERSION_KEY, "value": str(SCHEMA_VERSION)}
+            session.execute_write(_consume, "MERGE (m:Meta {key: $key}) SET m.value = $value", version)
+
+
+# Opening
+
+
+def _completed(uri: str, credentials: ServerCredentials) -> ServerCredentials:
+    """Credentials with what was left out: the ones that `featlas neo4j up` saved for its own server, the user `neo4j`."""
+    if credentials.password is None:
+        from .neo4j_server import saved_credentials
+
+        saved = saved_credentials(uri)
+        if saved is not None and credentials.username in (None, saved[0]):
+            return ServerCredentials(saved[0], saved[1], credentials.database)
+    return ServerCredentials(credentials.username or "neo4j", credentials.password, credentials.database)
+
+
+def _driver(uri: str, credentials: ServerCredentials) -> neo4j.Driver:
+    auth = None if credentials.password is None else (credentials.username or "neo4j", credentials.password)
+    try:
+        return neo4j.GraphDatabase.driver(
+            uri, auth=auth, connection_timeout=CONNECTION_TIMEOUT_S, connection_acquisition_timeout=2 * CONNECTION_TIMEOUT_S,
+            notifications_min_severity="OFF", user_agent="featlas",
+        )
+    except (ConfigurationError, ValueError) as error:
+        raise NotAGraph(_bad_uri(uri, error)) from None
+
+
+def _bad_uri(uri: str, error: Exception) -> str:
+    return f"{uri} is no server's URI ({_one_line(error)}): write it like bolt://127.0.0.1:7687 or neo4j+s://HOST"
+
+
+@contextmanager
+def _readable_errors(uri: str, database: str | None, *, users_query: bool = False) -> Iterator[None]:
+    """Turn the driver's errors into one line that names the URI and the way out; a user's query shows the database's own message."""
+    try:
+        yield
+    except (Neo4jError, DriverError) as error:
+        raise _readable(error, uri, database, users_query) from error
+    except (TypeError, ValueError) as error:
+        if users_query:
+            raise QueryRejected(f"a parameter cannot be sent: {_one_line(error)}") from None
+        if "resolve" in str(error):  # the driver reads the address only when it connects
+            raise NotAGraph(_bad_uri(uri, error)) from None
+        raise
+
+
+def _readable(error: Neo4jError | DriverError, uri: str, database: str | None, users_query: bool) -> FeatlasError:
+    code = getattr(error, "code", None) or ""
+    message = (getattr(error, "message", None) or str(error)).strip()
+    if isinstance(error, AuthError) or code.startswith("Neo.ClientError.Security.Authentication"):
+        return WrongCredentials(f"{uri} refused the user name or password: set NEO4J_USERNAME and NEO4J_PASSWORD")
+    if code == "Neo.ClientError.Database.DatabaseNotFound":
+        return UnknownDatabase(f"{uri} has no database {database!r}: set NEO4J_DATABASE to one that it has, or unset it for the default")
+    if isinstance(error, ServiceUnavailable):
+        cause = _cause(error)
+        if "ssl" in cause.lower() or "certificate" in cause.lower():
+            way_out = "without TLS the scheme is bolt:// or neo4j://, with a certificate signed by oneself bolt+ssc:// or neo4j+ssc://"
+        else:
+            way_out = "start one with `featlas neo4j up`, or check the address in --graph or NEO4J_URI"
+        return StoreUnreachable(f"no Neo4j answers at {uri} ({cause}): {way_out}")
+    if code == "Neo.ClientError.Statement.AccessMode":
+        return WriteRefused("it would change the graph")
+    if users_query and isinstance(error, ClientError):
+        return QueryRejected(message)
+    return StoreFailed(f"{uri} failed: {_one_line(message)}")
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason that a connection failed, for example `[Errno 111] Connection refused`."""
+    innermost: BaseException = error
+    while innermost.__cause__ is not None:
+        innermost = innermost.__cause__
+    return _one_line(innermost)[:200]
+
+
+def _schema_statements() -> Iterator[str]:
+    for label in NODES.values():
+        yield f"CREATE CONSTRAINT {label.name.lower()}_key IF NOT EXISTS FOR (n:{label.name}) REQUIRE n.key IS UNIQUE"
+        for name in label.indexed:
+            yield f"CREATE INDEX {label.name.lower()}_{name} IF NOT EXISTS FOR (n:{label.name}) ON (n.`{name}`)"
+    yield "CREATE CONSTRAINT on_sequence_key IF NOT EXISTS FOR ()-[e:ON_SEQUENCE]-() REQUIRE e.key IS UNIQUE"
+    for edge in EDGES.values():
+        for name in edge.indexed:
+            yield f"CREATE INDEX {edge.name.lower()}_{name} IF NOT EXISTS FOR ()-[e:{edge.name}]-() ON (e.`{name}`)"
+
+
+# Statements
+
+
+def _run(tx: neo4j.ManagedTransaction, text: str, parameters: Mapping[str, object] | None = None) -> neo4j.Result:
+    return tx.run(cast(Statement, text), dict(parameters or {}))
+
+
+def _consume(tx: neo4j.ManagedTransaction, text: str, parameters: Mapping[str, object] | None = None) -> None:
+    _run(tx, text, parameters).consume()
+
+
+def _fetch(result: neo4j.Result) -> tuple[list[str], list[list[Any]]]:
+    return list(result.keys()), result.values()
+
+
+def _rows(session: neo4j.Session, text: str, parameters: Mapping[str, object] | None = None) -> list[list[Any]]:
+    return session.execute_read(lambda tx: _fetch(_run(tx, text, parameters))[1])
+
+
+def _known(tx: neo4j.ManagedTransaction, label: str, keys: Sequence[str]) -> list[str]:
+    """Those of `keys` that nodes of the label have."""
+    text = f"UNWIND $keys AS key MATCH (n:{label} {{key: key}}) RETURN collect(n.key)"
+    return list(_run(tx, text, {"keys": keys}).single(strict=True)[0])
+
+
+def _by_ends(tx: neo4j.ManagedTransaction, edge: EdgeType, frame: pl.DataFrame) -> list[tuple[tuple[str, str], pl.DataFrame]]:
+    """The rows for each pair of labels that the type may join; raises `UnknownEndpoint` where a row fits none."""
+    keys = {column: frame[column].unique().to_list() for column in ("source", "target")}
+    known = {
+        (column, label): _known(tx, label, keys[column])
+        for column, side in (("source", 0), ("target", 1)) for label in dict.fromkeys(ends[side] for ends in edge.ends)
+    }
+    parts = [
+        (ends, frame.filter(pl.col("source").is_in(known["source", ends[0]]), pl.col("target").is_in(known["target", ends[1]]))) for ends in edge.ends
+    ]
+    if sum(part.height for _, part in parts) != frame.height:
+        found = {column: {key for (c, _), some in known.items() if c == column for key in some} for column in keys}
+        missing = sorted({key for column in keys for key in keys[column] if key not in found[column]})
+        raise UnknownEndpoint(edge.name, missing, len(missing))
+    return [(ends, part) for ends, part in parts if part.height]
+
+
+def _edges_text(edge: EdgeType, source: str, target: str, verb: str, columns: Sequence[str]) -> str:
+    """The statement that writes edges from `$sources[$a[i]]` to `$targets[$b[i]]` with the properties `$name[i]`."""
+    nodes = "COLLECT {{ UNWIND range(0, size(${0}) - 1) AS i MATCH (n:{1} {{key: ${0}[i]}}) RETURN n ORDER BY i }}"
+    identity = ", ".join(f"`{name}`: ${name}[i]" for name in edge.identity)
+    sets = ", ".join(f"e.`{name}` = ${name}[i]" for name in columns)
+    return (
+        f"WITH {nodes.format('sources', source)} AS sources, {nodes.format('targets', target)} AS targets "
+        "UNWIND range(0, size($a) - 1) AS i WITH sources[$a[i]] AS a, targets[$b[i]] AS b, i "
+        f"{verb} (a)-[e:{edge.name} {{{identity}}}]->(b)" + (f" SET {sets}" if sets else "")
+    )
+
+
+def _write_edges(tx: neo4j.ManagedTransaction, text: str, frame: pl.DataFrame) -> None:
+    for part in frame.iter_slices(ROWS_PER_STATEMENT):
+        parameters: dict[str, object] = {}
+        for column, nodes, position in (("source", "sources", "a"), ("target", "targets", "b")):
+            names = part[column].unique(maintain_order=True)
+            parameters[nodes] = names.to_list()
+            # Positions in `names`; the Enum's categories are those names in their order.
+            parameters[position] = part[column].cast(pl.Enum(names)).to_physical().to_list()
+        _run(tx, text, {**part.drop("source", "target").to_dict(as_series=False), **parameters}).consume()
+
+
+def _commit(tx: neo4j.ManagedTransaction, commit: SequenceCommit) -> bool:
+    ends = {"run": commit.run, "sequence": commit.sequence}
+    text = "OPTIONAL MATCH (r:Run {key: $run}) OPTIONAL MATCH (s:Sequence {key: $sequence}) RETURN r.key, s.key, EXISTS { (r)-[:ON_SEQUENCE]->(s) }"
+    run, sequence, marked = _run(tx, text, ends).single(strict=True)
+    if run is None or sequence is None:
+        missing = [key for key, found in ((commit.run, run), (commit.sequence, sequence)) if found is None]
+        raise UnknownEndpoint("ON_SEQUENCE", missing, len(missing))
+    if marked:
+        return False
+    edge = EDGES["ATTRIBUTES"]
+    edges = commit.stored_edges().with_columns(run=pl.lit(commit.run), sequence=pl.lit(commit.sequence))
+    for _, own in _by_ends(tx, edge, edges):
+        _write_edges(tx, _edges_text(edge, "Feature", "Feature", "CREATE", list(edge.columns)), own)
+    # The mark's key is unique on the server: of two writers of one sequence the later one fails here, and its retry finds the mark.
+    text = "MATCH (r:Run {key: $run}) MATCH (s:Sequence {key: $sequence}) CREATE (r)-[m:ON_SEQUENCE]->(s) SET m = $mark"
+    _run(tx, text, {**ends, "mark": commit.stored_mark()}).consume()
+    return True
+
+
+# Reading edges
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Edges to be read at once: those out of the nodes `keys`; where one node has too many, those to targets from `low` to `high`."""
+
+    keys: tuple[str, ...]
+    low: str | None = None
+    high: str | None = None
+
+
+def _edge_parts(session: neo4j.Session, edge: EdgeType, source: str, target: str, run: str | None) -> Iterator[pl.DataFrame]:
+    """Frames of the edges between two labels, about `EDGES_PER_RECORD` at a time, so that neither side holds all as records."""
+    constant = [name for name, column in edge.identity.items() if column is STRING]
+    varying = [name for name in edge.properties if name not in constant]
+    for group in _groups(session, edge, source, target):
+        parameters = {"keys": group.keys, "low": group.low, "high": group.high, "run": run}
+        for nullable in (False, True):
+            text = _columns_text(edge, (source, target), group.low is not None, run is not None, nullable)
+            records = [record.data() for record in session.run(cast(Statement, text), parameters)]
+            # collect() leaves nulls out: all null gives an empty list, some null makes the columns disagree.
+            if all(len(record[name]) in (0, len(record["a"])) for record in records for name in varying):
+                break
+        yield from (_edge_frame(edge, record, group.keys, nullable) for record in records)
+
+
+def _groups(session: neo4j.Session, edge: EdgeType, source: str, target: str) -> Iterator[_Group]:
+    degrees = f"MATCH (a:{source}) WITH a, COUNT {{ (a)-[:{edge.name}]->(:{target}) }} AS n WHERE n > 0 RETURN a.key, n"
+    targets = f"MATCH (:{source} {{key: $key}})-[e:{edge.name}]->(b:{target}) RETURN b.key, count(e) ORDER BY b.key"
+    counted = _rows(session, degrees)
+    for keys in _filled(counted):
+        yield _Group(keys)
+    for hub, n in counted:
+        if n > EDGES_PER_RECORD:
+            split = _rows(session, targets, {"key": hub})
+            for part in _filled(split, keep_large=True):
+                yield _Group((hub,), part[0], part[-1])
+
+
+def _filled(counted: Sequence[Sequence[Any]], keep_large: bool = False) -> Iterator[tuple[str, ...]]:
+    """Consecutive keys whose numbers of edges sum up to at most `EDGES_PER_RECORD`; a key with more stands alone, or is left out."""
+    keys: list[str] = []
+    total = 0
+    for key, n in counted:
+        if n > EDGES_PER_RECORD and not keep_large:
+            continue
+        if keys and total + n > EDGES_PER_RECORD:
+            yield tuple(keys)
+            keys, total = [], 0
+        keys.append(key)
+        total += n
+    if keys:
+        yield tuple(keys)
+
+
+def _columns_text(edge: EdgeType, ends: tuple[str, str], ranged: bool, of_run: bool, nullable: bool) -> str:
+    returned = ["collect(i) AS a", "collect(b.key) AS b"]
+    for name, column in edge.properties.items():
+        value = f"e.`{name}`"
+        if name in edge.identity and column is STRING:
+            returned.append(f"{value} AS `{name}`")  # a grouping key: sent once per record
+        else:
+            returned.append(f"collect({f'[{value}]' if nullable else value}) AS `{name}`")
+    conditions = ["e.run = $run"] * of_run + ["b.key >= $low", "b.key <= $high"] * ranged
+    return (
+        f"UNWIND range(0, size($keys) - 1) AS i MATCH (a:{ends[0]} {{key: $keys[i]}})-[e:{edge.name}]->(b:{ends[1]}) "
+        + (f"WHERE {' AND '.join(conditions)} " if conditions else "") + f"RETURN {', '.join(returned)}"
+    )
+
+
+def _edge_frame(edge: EdgeType, record: Mapping[str, Any], keys: Sequence[str], nullable: bool) -> pl.DataFrame:
+    n = len(record["a"])
+    columns = {"source": pl.Series(keys, dtype=pl.String).gather(record["a"]), "target": pl.Series(record["b"], dtype=pl.String)}
+    for name, column in edge.properties.items():
+        values = record[name]
+        if not isinstance(values, list):
+            columns[name] = pl.repeat(values, n, dtype=column.dtype, eager=True)
+        elif n and not values:
+            columns[name] = pl.repeat(None, n, dtype=column.dtype, eager=True)
+        else:
+            columns[name] = pl.Series([value for (value,) in values] if nullable else values, dtype=column.dtype)
+    return pl.DataFrame(columns)
+
+
+# Results
+
+
+def _plain(value: Any) -> Any:
+    """A driver's value as plain values; see `store.rendered_node` for the shape of what is a graph's."""
+    if isinstance(value, Node):
+        return rendered_node(next(iter(value.labels), ""), {name: _plain(item) for name, item in value.items()})
+    if isinstance(value, Relationship):
+        return _relationship(value)
+    if isinstance(value, Path):
+        # The driver orients a relationship as it is stored; its ends in a path carry their properties.
+        keys = {node.element_id: node.get("key") for node in value.nodes}
+        relationships = [_relationship(rel, keys) for rel in value.relationships]
+        return {"nodes": [_plain(node) for node in value.nodes], "relationships": relationships}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _relationship(value: Relationship, keys: Mapping[str, Any] | None = None) -> dict[str, object]:
+    ends = [None if keys is None or node is None else keys.get(node.element_id) for node in (value.start_node, value.end_node)]
+    return rendered_relationship(value.type, {name: _plain(item) for name, item in value.items()}, *ends)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
