@@ -1,0 +1,453 @@
+"""Statistics of every node of chosen sites over a corpus or a task: one pass, streamed into the statistics store.
+
+1. A `Corpus` counts and hashes its sequences (no model needed), which gives the run its deterministic key.
+2. The run is registered, or found: a finished one changes nothing, an interrupted one goes on after its last commit.
+3. For each batch of sequences `measure` gives the sparse nodes of each site, by default its dictionaries' activations
+   and error nodes; any other function with that result, such as one of node attributions, feeds the same records.
+4. The records take the batch; every `commit_seconds` they are saved together with the number of sequences they hold.
+5. At the end the records become the tables of the statistics store.
+
+The first position of a text attends only to itself and has activations of its own kind, hundreds of times larger in
+many models, so corpora leave out the first `skip_positions` (1) positions of each block. Tasks keep all (0).
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from ..errors import FeatlasError, UserError
+from ..model.binding import Binding, bind, capture_sites
+from ..model.corpus import read_texts, token_blocks
+from ..model.dictionaries import Dictionary
+from ..model.loading import LoadedModel
+from ..model.sites import Site
+from ..model.tasks import Pair, PairBatch
+from ..model.tasks import batches as pair_batches
+from ..queries.schema import feature_key
+from ..queries.statistics import ERROR, RunRecord, SiteRecord, StatisticsStore
+from .effective import EdgeSettings, NodeMeans, node_attributions, prepare
+from .moments import Contexts, LiveRule, NotFinite, SiteShape, SiteStatistics, SparseNodes, Window
+
+KEY_LENGTH = 24
+
+
+class BadStatisticsOptions(UserError):
+    """An option of the statistics is out of its range."""
+
+
+class EmptyCorpus(UserError):
+    """The corpus has not even one sequence of the length asked for."""
+
+
+class StateDoesNotFit(FeatlasError):
+    """A saved state ends inside a batch, or is of other nodes: the file was changed from outside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOptions:
+    """What is measured, and how. All but `commit_seconds` are part of the run's key.
+
+    length: tokens per block of a corpus. batch_size: sequences (or pairs) per forward pass.
+    skip_positions: first positions left out; None is 1 for corpora, 0 for tasks.
+    n_contexts, before, after: strongest contexts per node, and the tokens kept around each.
+    second_moments: products of the live features (`LiveRule`: frequency ≥ min_frequency over the first live_rows tokens, max_live at most).
+    by_position: means per position too. commit_seconds: a killed run loses about this much work.
+    """
+
+    length: int = 128
+    batch_size: int = 8
+    skip_positions: int | None = None
+    n_contexts: int = 10
+    before: int = 16
+    after: int = 8
+    second_moments: bool = True
+    live_rows: int = LiveRule.rows
+    min_frequency: float = LiveRule.min_frequency
+    max_live: int = LiveRule.max_live
+    by_position: bool = False
+    seed: int = 0
+    commit_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        least = {"length": 2, "batch_size": 1, "n_contexts": 0, "before": 0, "after": 0, "live_rows": 1, "max_live": 1, "commit_seconds": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise BadStatisticsOptions(f"{name} is {getattr(self, name)}: it must be at least {bound}")
+        if not 0 <= self.min_frequency <= 1:
+            raise BadStatisticsOptions(f"min_frequency is {self.min_frequency}: it is a share of tokens, between 0 and 1")
+        if self.skip_positions is not None and self.skip_positions < 0:
+            raise BadStatisticsOptions(f"skip_positions is {self.skip_positions}: it must be at least 0")
+
+    @property
+    def rule(self) -> LiveRule | None:
+        return LiveRule(self.live_rows, self.min_frequency, self.max_live) if self.second_moments else None
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences of equal length, tokens (batch, pos); `pairs` where they come from a task."""
+
+    tokens: Tensor
+    pairs: PairBatch | None = None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A finite, repeatable source of sequences.
+
+    hash: of all tokens in order. batches: starts it anew, always the same batches. keys: names of the sequences in order, for tasks.
+    first_position: positions before it are left out.
+    """
+
+    name: str
+    hash: str
+    n_sequences: int
+    batches: Callable[[], Iterator[TokenBatch]]
+    first_position: int
+    keys: tuple[str, ...] = ()
+
+
+Measure = Callable[[TokenBatch], Mapping[Site, SparseNodes]]
+"""Nodes of each site of one batch; row r is position `first + r % n` of sequence `r // n`, n the number of positions measured."""
+
+Progress = Callable[[int, int, int], None]
+"""Called after each batch with (sequences done, sequences in all, tokens measured)."""
+
+
+# -- 1. Corpora ----------------------------------------------------------------------------------------------
+
+
+def text_corpus(spec: str, tokenizer: Any, options: StatisticsOptions, *, max_sequences: int | None = None, max_texts: int | None = None) -> Corpus:
+    """The blocks of `options.length` tokens of a text corpus (see `read_texts`), at most `max_sequences` of them.
+
+    Reads and tokenises the corpus once to count and hash it. Raises `EmptyCorpus`, and what `read_texts` raises.
+    """
+    first = 1 if options.skip_positions is None else options.skip_positions
+    if first >= options.length:
+        raise BadStatisticsOptions(f"skip_positions is {first} and length {options.length}: no position would be left")
+    blocks = lambda: token_blocks(read_texts(spec, limit=max_texts), tokenizer, options.length, limit=max_sequences)
+    batches = lambda: _stacked(blocks(), options.batch_size)
+    digest, count = _hash_batches(batches())
+    if count == 0:
+        raise EmptyCorpus(f"corpus {spec!r} has fewer than {options.length} tokens: give more text or a smaller length")
+    return Corpus(spec, digest, count, batches, first)
+
+
+def pair_corpus(
+    name: str, pairs: Sequence[Pair], tokenizer: Any, options: StatisticsOptions, *, clean_only: bool = False, device: torch.device | str = "cpu"
+) -> Corpus:
+    """The sequences of a task: of each batch of pairs the clean ones, then (unless `clean_only`) the corrupted ones."""
+    first = options.skip_positions or 0
+
+    def batches() -> Iterator[TokenBatch]:
+        for batch in pair_batches(pairs, tokenizer, batch_size=options.batch_size):
+            tokens = batch.clean if clean_only else torch.cat([batch.clean, batch.corrupt])
+            if tokens.shape[1] <= first:
+                raise BadStatisticsOptions(f"skip_positions is {first}, but a sequence has {tokens.shape[1]} tokens: no position would be left")
+            yield TokenBatch(tokens, batch.to(device))
+
+    digest, count = _hash_batches(batches())
+    if count == 0:
+        raise EmptyCorpus(f"task {name!r} has no pairs")
+    keys = [pair.key for batch in pair_batches(pairs, tokenizer, batch_size=options.batch_size) for pair in batch.pairs * (1 if clean_only else 2)]
+    return Corpus(name, digest, count, batches, first, tuple(keys))
+
+
+def _stacked(blocks: Iterable[Tensor], batch_size: int) -> Iterator[TokenBatch]:
+    blocks = iter(blocks)
+    while batch := list(islice(blocks, batch_size)):
+        yield TokenBatch(torch.stack(batch))  # (batch, pos)
+
+
+def _hash_batches(batches: Iterable[TokenBatch]) -> tuple[str, int]:
+    """sha256 over the shapes and tokens of all batches, and the number of sequences."""
+    digest, count = hashlib.sha256(), 0
+    for batch in batches:
+        digest.update(repr(tuple(batch.tokens.shape)).encode())
+        digest.update(batch.tokens.to(torch.int64).cpu().numpy().tobytes())
+        count += len(batch.tokens)
+    return digest.hexdigest()[:KEY_LENGTH], count
+
+
+# -- 3. Nodes of a batch -------------------------------------------------------------------------------------
+
+
+def activation_measure(binding: Binding, dictionaries: Mapping[Site, Dictionary], first_position: int) -> Measure:
+    """The dictionaries' activations and error nodes, by one forward pass that stops after the last site needed."""
+    bases = {site: dictionary.basis for site, dictionary in dictionaries.items()}
+
+    @torch.no_grad()
+    def measure(batch: TokenBatch) -> dict[Site, SparseNodes]:
+        values = capture_sites(binding, batch.tokens.to(binding.device), bases)
+        return {site: site_nodes(dictionary, values[site][:, first_position:]) for site, dictionary in dictionaries.items()}
+
+    return measure
+
+
+def attribution_measure(
+    binding: Binding,
+    dictionaries: Mapping[Site, Dictionary],
+    settings: EdgeSettings,
+    *,
+    means: Mapping[Site, NodeMeans] | None = None,
+    first_position: int = 0,
+) -> Measure:
+    """The attribution of each node of the clean sequences to the metric, gradient · (node − baseline) at one step.
+
+    For a `pair_corpus` with `clean_only`, in a run of basis "attribution" whose arguments name metric and baseline.
+    """
+
+    def measure(batch: TokenBatch) -> dict[Site, SparseNodes]:
+        if batch.pairs is None:
+            raise BadStatisticsOptions("attributions need pairs of clean and corrupted sequences: give a task, not a text corpus")
+        prepared = prepare(binding, dictionaries, batch.pairs, settings, means)
+        return {
+            site: SparseNodes.of_scalars(features[:, first_position:].flatten(0, 1), errors[:, first_position:].flatten())
+            for site, features, errors in node_attributions(prepared)
+        }
+
+    return measure
+
+
+def site_nodes(dictionary: Dictionary, value: Tensor) -> SparseNodes:
+    """The nodes of a site's value (batch, pos, d_in): its features and x − decode(encode(x))."""
+    x = value.reshape(-1, dictionary.d_in)  # (rows, d_in)
+    nodes = dictionary.encode(x)  # (rows, d_sae)
+    return SparseNodes.of(nodes, x - dictionary.decode(nodes))
+
+
+# -- 2. and 4. The run ---------------------------------------------------------------------------------------
+
+
+def measure_statistics(
+    store: StatisticsStore,
+    model: LoadedModel,
+    dictionaries: Mapping[Site, Dictionary],
+    corpus: Corpus,
+    options: StatisticsOptions,
+    *,
+    basis: str = "activation",
+    measure: Measure | None = None,
+    arguments: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
+) -> RunRecord:
+    """Measure a corpus into `store`; returns the finished run. Repeating the call changes nothing, or resumes.
+
+    For another basis than "activation" give `measure`, and in `arguments` what it depends on (metric, baseline, …), which enters the run's key.
+    Raises `NotFinite` naming the site and the sequences, and the errors of the store.
+    """
+    binding = bind(model)
+    if measure is None:
+        if basis != "activation":
+            raise BadStatisticsOptions(f"basis {basis!r} needs a function that measures it")
+        measure = activation_measure(binding, dictionaries, corpus.first_position)
+    sites = [site for site in binding.graph(dictionaries).sites if site in dictionaries]
+    planned = plan_run(model, {site: dictionaries[site] for site in sites}, corpus, options, basis=basis, arguments=arguments)
+    record = store.start_run(planned)
+    if record.status == "done":
+        return record
+    device = model.device if model.device.type == "cuda" else torch.device("cpu")
+    shapes = {site: _shape(dictionaries[site], options, basis) for site in sites}
+    pass_ = _Pass(store, record, corpus, shapes, device)
+    pass_.run(measure, options.commit_seconds, progress)
+    pass_.finish(model.tokenizer)
+    return store.run(record.run)
+
+
+def plan_run(
+    model: LoadedModel,
+    dictionaries: Mapping[Site, Dictionary],
+    corpus: Corpus,
+    options: StatisticsOptions,
+    *,
+    basis: str = "activation",
+    arguments: Mapping[str, object] | None = None,
+) -> RunRecord:
+    """The run's record with its key: a hash of model, precision, dictionaries, corpus, basis and options."""
+    described: dict[str, object] = {**asdict(options), "skip_positions": corpus.first_position, **(arguments or {})}
+    del described["commit_seconds"]
+    described["dtype"] = str(model.dtype).removeprefix("torch.")
+    sites = tuple(SiteRecord(site.name, site.layer, d.id, d.d_in, d.d_sae) for site, d in dictionaries.items())
+    identity = {"model": model.key, "sites": [asdict(site) for site in sites], "corpus": corpus.hash, "basis": basis, "options": described}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+    return RunRecord(key, model.key, corpus.name, corpus.hash, basis, sites, corpus.n_sequences, described, version("featlas"), options.seed)
+
+
+def _shape(dictionary: Dictionary, options: StatisticsOptions, basis: str) -> SiteShape:
+    return SiteShape(
+        dictionary.d_in, dictionary.d_sae, options.n_contexts, options.before, options.after, options.rule,
+        by_position=options.by_position, basis_has_vectors=basis == "activation",
+    )  # fmt: skip
+
+
+class _Pass:
+    """One pass over a corpus, from the last commit on."""
+
+    def __init__(self, store: StatisticsStore, record: RunRecord, corpus: Corpus, shapes: Mapping[Site, SiteShape], device: torch.device) -> None:
+        self.store, self.record, self.corpus, self.device = store, record, corpus, device
+        self.sequences, self.tokens = record.sequences, record.tokens
+        saved = store.load_state(record.run)
+        if bool(saved) != (record.sequences > 0):
+            held = f"{record.sequences} sequences and {len(saved)} saved parts"
+            raise StateDoesNotFit(f"statistics run {record.run} has {held}: delete the run and repeat it")
+        self.sites = {
+            site: SiteStatistics.from_arrays(shape, _unpacked(saved[site.name]), device) if saved else SiteStatistics.empty(shape, device)
+            for site, shape in shapes.items()
+        }
+
+    def _remaining(self) -> Iterator[TokenBatch]:
+        """The batches after those that are in the records already."""
+        passed = 0
+        for batch in self.corpus.batches():
+            if passed >= self.record.sequences:
+                yield batch
+            elif passed + len(batch.tokens) > self.record.sequences:
+                stopped = f"stopped at sequence {self.record.sequences}, inside a batch"
+                raise StateDoesNotFit(f"statistics run {self.record.run} {stopped}: delete the run and repeat it")
+            passed += len(batch.tokens)
+
+    def run(self, measure: Measure, commit_seconds: float, progress: Progress | None) -> None:
+        committed = time.monotonic()
+        for batch in self._remaining():
+            self._add(batch, measure(batch))
+            if time.monotonic() - committed >= commit_seconds:
+                self.commit()
+                committed = time.monotonic()
+            if progress is not None:
+                progress(self.sequences, self.corpus.n_sequences, self.tokens)
+
+    def _add(self, batch: TokenBatch, nodes: Mapping[Site, SparseNodes]) -> None:
+        window = Window(batch.tokens.to(self.device), self.sequences, self.corpus.first_position)
+        for site, statistics in self.sites.items():
+            try:
+                statistics.add(nodes[site].to(self.device), window)
+            except NotFinite as error:
+                last = self.sequences + len(batch.tokens) - 1
+                raise NotFinite(f"site {site}, sequences {self.sequences} to {last}: {error}") from None
+        self.sequences += len(batch.tokens)
+        self.tokens += len(batch.tokens) * window.n_positions
+
+    def commit(self) -> None:
+        state = {site.name: _packed(statistics.to_arrays()) for site, statistics in self.sites.items()}
+        self.store.save_state(self.record.run, self.sequences, self.tokens, state)
+
+    def finish(self, tokenizer: Any) -> None:
+        """Turn the records into the store's tables."""
+        frames: dict[str, list[pl.DataFrame]] = {}
+        for site, statistics in self.sites.items():
+            for table, frame in site_tables(self.record, self.record.site(site.name), statistics, self.corpus.keys, tokenizer).items():
+                frames.setdefault(table, []).append(frame)
+        self.store.finish_run(self.record.run, self.sequences, self.tokens, frames)
+
+
+def _packed(arrays: Mapping[str, np.ndarray]) -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def _unpacked(payload: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(payload), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+# -- 5. Tables -----------------------------------------------------------------------------------------------
+
+
+def site_tables(record: RunRecord, site: SiteRecord, statistics: SiteStatistics, keys: Sequence[str], tokenizer: Any) -> dict[str, pl.DataFrame]:
+    """Table name → rows of one site, without the column `run`."""
+    tables = {
+        "feature_statistics": _feature_table(record, site, statistics),
+        "contexts": _context_table(statistics.contexts, site.d_sae, keys, tokenizer),
+    }
+    if statistics.second is not None:
+        live, sums = statistics.second.flush()
+        i, j = np.triu_indices(len(live))
+        features, product = live.cpu().numpy().astype(np.int32), sums.cpu().numpy()[i, j]
+        some = product != 0
+        tables["second_moments"] = pl.DataFrame({"feature_i": features[i[some]], "feature_j": features[j[some]], "sum_product": product[some]})
+    if statistics.errors is not None:
+        tables["error_means"] = _error_table(statistics)
+    if statistics.positions is not None:
+        rows, nodes, _ = statistics.positions.sums
+        position, feature = nodes.nonzero(as_tuple=True)
+        mean = nodes[position, feature] / rows[position]
+        tables["node_means"] = pl.DataFrame({"position": position.cpu().numpy(), "feature": feature.cpu().numpy(), "mean": mean.cpu().numpy()})
+    return {table: frame.with_columns(pl.lit(site.site).alias("site")) for table, frame in tables.items()}
+
+
+def _feature_table(record: RunRecord, site: SiteRecord, statistics: SiteStatistics) -> pl.DataFrame:
+    moments = statistics.moments
+    live = torch.zeros(site.d_sae + 1, dtype=torch.bool)
+    if statistics.second is not None:
+        live[statistics.second.flush()[0].cpu()] = True
+    host = {name: getattr(moments, name).cpu().numpy() for name in ("count", "mean", "variance", "minimum", "maximum", "magnitude")}
+    active = np.maximum(host["count"], 1)
+    index = pl.int_range(site.d_sae + 1, dtype=pl.Int32, eager=True)
+    frame = pl.DataFrame(
+        {
+            "feature": index, "live": live.numpy(), "count": host["count"], "frequency": host["count"] / moments.rows,
+            "mean": host["mean"], "variance": host["variance"], "minimum": host["minimum"], "maximum": host["maximum"],
+            "mean_active": host["mean"] * moments.rows / active, "mean_magnitude": host["magnitude"] / moments.rows,
+        }
+    )  # fmt: skip
+    error = pl.col("feature") == site.d_sae
+    name = pl.when(error).then(pl.lit("error")).otherwise(pl.col("feature").cast(pl.String))
+    return frame.with_columns(
+        pl.lit(site.layer).alias("layer"),
+        pl.when(error).then(pl.lit("error")).otherwise(pl.lit("feature")).alias("kind"),
+        pl.concat_str([pl.lit(feature_key(record.model, site.dictionary, site.site, "")), name]).alias("key"),
+        pl.when(error).then(pl.lit(ERROR, dtype=pl.Int32)).otherwise(pl.col("feature")).alias("feature"),
+    )
+
+
+def _context_table(contexts: Contexts, d_sae: int, keys: Sequence[str], tokenizer: Any) -> pl.DataFrame:
+    sequence = contexts.sequence.cpu().numpy()
+    feature, rank = np.nonzero(sequence >= 0)  # sorted by feature, then rank
+    sequence, tokens = sequence[feature, rank], contexts.tokens.cpu().numpy()[feature, rank]  # (n,), (n, before + 1 + after)
+    text = _token_texts(tokens, tokenizer)
+    strings = lambda part: pl.Series(part.tolist(), dtype=pl.List(pl.String)).list.drop_nulls()
+    ids = pl.Series(np.where(tokens >= 0, tokens, ERROR).tolist(), dtype=pl.List(pl.Int32))
+    return pl.DataFrame(
+        {
+            "feature": np.where(feature == d_sae, ERROR, feature).astype(np.int32), "rank": rank.astype(np.int32),
+            "value": contexts.value.cpu().numpy()[feature, rank], "sequence": sequence,
+            "sequence_key": pl.Series([keys[i] for i in sequence] if keys else [None] * len(sequence), dtype=pl.String),
+            "position": contexts.position.cpu().numpy()[feature, rank], "token_ids": ids.list.eval(pl.element().filter(pl.element() >= 0)),
+            "before": strings(text[:, : contexts.before]), "token": pl.Series(text[:, contexts.before].tolist(), dtype=pl.String),
+            "after": strings(text[:, contexts.before + 1 :]),
+        }
+    )  # fmt: skip
+
+
+def _token_texts(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
+    """The text of each token id, None where there is none (-1); each different id is decoded once."""
+    ids, place = np.unique(tokens, return_inverse=True)
+    texts = np.full(len(ids), None, dtype=object)
+    real = ids >= 0
+    texts[real] = tokenizer.batch_decode(ids[real, None].tolist(), clean_up_tokenization_spaces=False)
+    return texts[place].reshape(tokens.shape)
+
+
+def _error_table(statistics: SiteStatistics) -> pl.DataFrame:
+    """The overall mean and variance vectors (position -1), then the mean vectors by position."""
+    assert statistics.errors is not None  # the caller asked
+    errors = statistics.errors
+    rows = [(-1, errors.rows, errors.mean.tolist(), errors.variance.tolist())]
+    if statistics.positions is not None:
+        counts, _, sums = statistics.positions.sums
+        measured = counts.nonzero().squeeze(-1).tolist()
+        rows += [(position, int(counts[position]), (sums[position] / counts[position]).tolist(), []) for position in measured]
+    schema: dict[str, Any] = {"position": pl.Int32, "tokens": pl.Int64, "mean": pl.List(pl.Float64), "variance": pl.List(pl.Float64)}
+    return pl.DataFrame(rows, schema=schema, orient="row")
