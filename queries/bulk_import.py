@@ -4,12 +4,13 @@
    of node or edge, and `import.args`, the importer's arguments. The folder can be moved and used on any Neo4j 5, also by hand:
    `cd FOLDER && neo4j-admin database import full neo4j @import.args`.
 2. `bulk_import` loads such a folder into the local server of `neo4j_server.py`, whose database must be empty: the importer
-   writes the store's files itself, with the server stopped, and `--overwrite-destination` deletes what was there.
-   `require_empty` is therefore asked before, and a database with any node is refused.
+   writes the store's files itself, with the server stopped, in place of those that were there. `require_empty` is therefore
+   asked before, and a database with any node is refused.
 
 Text is quoted always, numbers never; a null is an empty field, an empty text is `""`.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import polars as pl
 
 from ..errors import UserError
-from .neo4j_server import ServerInfo, ServerOptions, down, run_admin, status, up
+from .neo4j_server import AdminFailed, ServerInfo, ServerOptions, down, run_admin, status, up
 from .schema import EDGES, NODES, SCHEMA_VERSION, VERSION_KEY, ColumnType, edge_frame, node_frame
 from .store import GraphStore, ServerCredentials, UnknownEndpoint, open_graph
 
@@ -107,12 +108,17 @@ def bulk_import(folder: Path, home: Path, options: ServerOptions | None = None) 
         raise NoImportFiles(f"{folder} has no {ARGUMENTS}: write import files there first (`featlas export`)")
     require_empty(home, options)
     down(home)
-    report = home.absolute() / "logs" / "import.report"
-    options_here = ["--overwrite-destination", f"--report-file={report}"]
-    run_admin(home, "database", "import", "full", DATABASE, *options_here, f"@{ARGUMENTS}", folder=folder)
+    # Verified empty, the old files may go; a failed import leaves unusable ones, which would keep the server from starting.
+    _delete_database_files(home)
+    try:
+        report = home.absolute() / "logs" / "import.report"
+        run_admin(home, "database", "import", "full", DATABASE, "--verbose", f"--report-file={report}", f"@{ARGUMENTS}", folder=folder)
+    except AdminFailed:
+        _delete_database_files(home)
+        raise
     info = up(home, options)
-    with _opened(info):  # makes the constraints and indexes
-        return info
+    _create_constraints(info)
+    return info
 
 
 def require_empty(home: Path, options: ServerOptions | None = None) -> None:
@@ -127,6 +133,24 @@ def require_empty(home: Path, options: ServerOptions | None = None) -> None:
             f"the Neo4j of {home} holds {n_nodes} nodes and bulk loading would delete them: "
             "empty it first, or name another --home, or ingest in the usual way, which adds to it"
         )
+
+
+def _delete_database_files(home: Path) -> None:
+    """Forget the one user database of a stopped server; its users and their passwords live in another."""
+    for part in ("databases", "transactions"):
+        folder = home / "data" / part / DATABASE
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _create_constraints(info: ServerInfo) -> None:
+    """The importer cannot make constraints and indexes, and a store makes them only in a database without the schema's version."""
+    from .server import _schema_statements
+
+    with _opened(info) as store:
+        for statement in _schema_statements():
+            store.query(statement, write=True)
+        store.query("CALL db.awaitIndexes(600)", write=True)
 
 
 def _opened(info: ServerInfo) -> GraphStore:

@@ -176,7 +176,7 @@ def saved_credentials(uri: str, home: Path | None = None) -> tuple[str, str] | N
 def run_admin(home: Path, *arguments: str, folder: Path | None = None) -> str:
     """Run one `neo4j-admin` command on the stopped server of `home`, in `folder`, and return what it printed.
 
-    Raises ServerRunning when it is not stopped, AdminFailed with the command's last lines.
+    Raises ServerRunning when it is not stopped, AdminFailed with the reason.
     """
     home = home.absolute()
     if status(home) is not None:
@@ -190,9 +190,17 @@ def run_admin(home: Path, *arguments: str, folder: Path | None = None) -> str:
     )  # fmt: skip
     printed = done.stdout + done.stderr
     if done.returncode:
-        last_lines = "\n".join(printed.strip().splitlines()[-LOG_TAIL_LINES:])
-        raise AdminFailed(f"neo4j-admin {' '.join(arguments[:2])} ended with code {done.returncode}:\n{last_lines}")
+        raise AdminFailed(f"neo4j-admin {' '.join(arguments[:2])} ended with code {done.returncode}: {_admin_reason(printed)}")
     return printed
+
+
+def _admin_reason(printed: str) -> str:
+    """The innermost cause of what a failed command printed with `--verbose`, else its last lines."""
+    lines = printed.strip().splitlines()
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    if causes:
+        return causes[-1].partition(": ")[2] or causes[-1]  # without the name of the Java class
+    return "\n".join(lines[-LOG_TAIL_LINES:])
 
 
 def free_port(port: int, option: str) -> int:

@@ -31,11 +31,11 @@ WEIGHTS = [0.0, -1.5, 1e-300, 5e-324, 1.7976931348623157e308, 0.1, 123456789.123
 
 
 def weird_graph() -> tuple[dict[str, pl.DataFrame], dict[str, pl.DataFrame]]:
-    """A graph with every awkward text as a property and (where not empty) as a key, and an edge type that joins several labels."""
+    """A graph with every awkward text as a property and in a key, and an edge type that joins several labels."""
     n = len(TEXTS)
     features = pl.DataFrame(
         {
-            "key": [f"m|d|resid_1|{i}|{text}" for i, text in enumerate(TEXTS)],
+            "key": [f"m|d|resid_1|{i}|{(text or '')[:1000]}" for i, text in enumerate(TEXTS)],  # a server's index takes keys up to 8 kB
             "label": TEXTS,
             "index": [2**53 + 1 - i for i in range(n)],
             "layer": [None if i % 3 else i for i in range(n)],
@@ -122,12 +122,12 @@ def test_started_but_empty_database_is_loaded_and_a_failed_import_can_be_repeate
     home = tmp_path / "server"
     files = export_import_files(embedded, tmp_path / "files")
     broken = shutil.copytree(files.folder, tmp_path / "broken")
-    (broken / "nodes-Run-0000.csv").write_text('"run","{}",not a number,1\n')
+    (broken / "edges-PART_OF-Block-Block-0000.csv").write_text('"b1","nowhere"\n')
     try:
         info = launcher.up(home, THROWAWAY)
         with open_graph(info.uri, credentials=ServerCredentials(info.username, info.password)):
             pass  # has the schema and its version node, and nothing else: that counts as empty
-        with pytest.raises(launcher.AdminFailed, match="not a number"):
+        with pytest.raises(launcher.AdminFailed, match="nowhere"):
             bulk_import(broken, home, THROWAWAY)
         again = bulk_import(files.folder, home, THROWAWAY)
         assert again.password == info.password
