@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -132,8 +132,9 @@ class Dictionary(ABC):
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """This dictionary on another device or in another floating-point type."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: value.to(device=device, dtype=dtype) for name, value in tensors.items() if isinstance(value, Tensor)})
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: value.to(device=device, dtype=dtype) for name, value in tensors if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -240,7 +241,7 @@ class GatedDictionary(_SparseDictionary):
     kind: ClassVar[Kind] = Kind.GATED
 
     @cached_property
-    def gain(self) -> Tensor:  # type: ignore[override]
+    def gain(self) -> Tensor:
         return self.r_mag.exp()
 
     def activate(self, raw: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor]:

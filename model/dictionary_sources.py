@@ -10,6 +10,7 @@ Weights are read from safetensors; releases are fetched by sae_lens, which opens
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -383,7 +384,10 @@ def _release_reader(release: str, sae_id: str) -> Callable[[], Dictionary]:
     def read() -> Dictionary:
         from sae_lens import SAE
 
-        sae = _fetched(release, sae_id, lambda: SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32"))
+        with warnings.catch_warnings():
+            # It warns that another library should load the model; what that changes (the centring) is done in `build`.
+            warnings.simplefilter("ignore", UserWarning)
+            sae = _fetched(release, sae_id, lambda: SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32"))
         return build(sae.cfg.to_dict(), sae.state_dict(), id=f"{release}:{sae_id}")
 
     return read

@@ -5,10 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE
-from sae_lens.registry import get_sae_class
-from torch import Tensor
-
 from featlas.model.dictionaries import (
     Basis,
     Dictionary,
@@ -25,6 +21,9 @@ from featlas.model.dictionaries import (
     top_k_mask,
 )
 from featlas.model.dictionary_sources import build
+from sae_lens import SAE
+from sae_lens.registry import get_sae_class
+from torch import Tensor
 
 D_IN, D_SAE, K = 6, 20, 4
 KINDS = ("standard", "gated", "topk", "jumprelu")
@@ -131,7 +130,7 @@ def test_a_batchtopk_saved_in_training_becomes_the_jumprelu_that_sae_lens_saves_
 def all_dictionaries() -> list[Dictionary]:
     """Every kind under every input transform."""
     g = torch.Generator().manual_seed(3)
-    r = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    r = lambda *shape: torch.randn(*shape, generator=g)
     found: list[Dictionary] = [identity(D_IN), per_head_linear("heads", r(3, 2, 5), r(3, 5, 2), b_enc=r(15), b_dec=r(D_IN))]
     found.append(LinearDictionary(id="linear", basis=Basis.RESIDUAL, W_dec=r(D_SAE, D_IN), b_dec=r(D_IN), W_enc=r(D_IN, D_SAE), b_enc=r(D_SAE)))
     for centred in (False, True):
