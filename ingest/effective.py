@@ -248,7 +248,9 @@ def _candidates(dictionary: Dictionary, clean: Tensor, base: Tensor, baseline: B
         delta, error_delta = clean_nodes, clean_error
     else:
         if means is None:
-            raise UnavailableBaseline("the mean baseline needs the nodes' means: run `featlas ingest statistics` and name its run by --statistics-run")
+            raise UnavailableBaseline(
+                "the mean baseline needs the nodes' means: run `featlas ingest statistics` and name its run by --statistics-run"
+            )
         delta, error_delta = clean_nodes - means.features.to(clean_nodes), clean_error - means.error.to(clean_error)
     live = delta.any(-1) | error_delta.any(-1)
     return Candidates(tuple(_group(delta)), error_delta, live)

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-
 from featlas.model.dictionaries import (
     Basis,
     Dictionary,
@@ -18,8 +16,14 @@ from featlas.model.dictionaries import (
     identity,
     per_head_linear,
 )
+from torch import Tensor
 
-_CLASSES: dict[str, Callable[..., Dictionary]] = {"relu": ReLUDictionary, "topk": TopKDictionary, "jumprelu": JumpReLUDictionary, "gated": GatedDictionary}
+_CLASSES: dict[str, Callable[..., Dictionary]] = {
+    "relu": ReLUDictionary,
+    "topk": TopKDictionary,
+    "jumprelu": JumpReLUDictionary,
+    "gated": GatedDictionary,
+}
 _TRANSFORMS = {
     "": InputTransform(subtract_b_dec=True),
     "layer_norm": InputTransform(normalisation=Normalisation.LAYER_NORM),

@@ -1,7 +1,6 @@
 """Small batches of clean and corrupted token sequences for the tiny models."""
 
 import torch
-
 from featlas.model.tasks import Pair, PairBatch
 
 from .micro import VOCAB

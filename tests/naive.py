@@ -7,14 +7,13 @@ values replaced, the node is put into a second whole run, and one backward pass 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-
 from featlas.ingest.effective import Baseline, EdgeSettings, NodeMeans, Positions
 from featlas.model.binding import Binding
 from featlas.model.dictionaries import Dictionary
 from featlas.model.metrics import evaluate
 from featlas.model.sites import OUTPUT, Site
 from featlas.model.tasks import PairBatch
+from torch import Tensor
 
 Edge = tuple[int, str, int, int, str, int, int]
 """(sequence, source site, node, position, target site, node, position); the error node's number is d_sae."""

@@ -1,0 +1,1 @@
+"""Measurements of speed and size: ratios, side by side in one process."""

@@ -1,0 +1,446 @@
+"""The edge-ingest job: sequences in, attribution edges out, into the graph store, resumable.
+
+1. `plan`: model, dictionaries and pairs are loaded; the run's key is the hash of everything that determines its edges.
+2. Batches of equal length are formed from *all* pairs, so that an interrupted run recomputes a half-done batch with the
+   same companions and hence the same rounding; sequences whose mark is in the graph are not written again.
+3. One thread computes, one writes; a bounded queue between them holds back whichever is faster.
+4. A sequence's edges and its `ON_SEQUENCE` mark are one transaction.
+5. `finish_run` derives `INFLUENCES` from the committed edges, in a fixed order.
+"""
+
+import hashlib
+import json
+import platform
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from ..errors import FeatlasError, UserError
+from ..model.binding import Binding, bind
+from ..model.dictionaries import Dictionary
+from ..model.dictionary_sources import load_dictionaries
+from ..model.loading import LoadedModel, load_model
+from ..model.sites import OUTPUT, Site, parse_site
+from ..model.tasks import Pair, PairBatch, batches, load_task
+from ..queries import runs
+from ..queries.schema import feature_key, output_key
+from ..queries.statistics import StatisticsStore
+from ..queries.store import GraphStore, SequenceCommit, open_graph
+from .effective import Baseline, EdgeBlock, EdgeSettings, NodeMeans, Prepared, attribute, prepare
+
+QUEUE_BATCHES = 2
+"""Batches computed ahead of the writer before it holds the computation back."""
+
+
+class NothingToDo(UserError):
+    """No sequence was left to run on."""
+
+
+class WriterFailed(FeatlasError):
+    """The writing thread stopped; its own error is the cause."""
+
+
+@dataclass(frozen=True)
+class EdgeOptions:
+    """What `featlas ingest edges` takes. `graph` None means the atlas' embedded graph."""
+
+    model: str
+    dictionaries: str
+    task: str
+    atlas: Path
+    graph: str | None = None
+    sites: tuple[str, ...] | None = None
+    limit: int = 100
+    seed: int = 0
+    settings: EdgeSettings = field(default_factory=EdgeSettings)
+    batch_size: int = 8
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    skip_invalid: bool = False
+    statistics_run: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: sequences done of all, edges written, seconds since the start."""
+
+    done: int
+    total: int
+    edges: int
+    seconds: float
+
+    @property
+    def edges_per_second(self) -> float:
+        return self.edges / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to. `n_edges` counts what this call wrote, the graph's total is on the `Run` node."""
+
+    run: str
+    n_sequences: int
+    n_skipped: int
+    n_edges: int
+    n_influences: int
+    seconds: float
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything decided before the first batch is run."""
+
+    options: EdgeOptions
+    model: LoadedModel
+    binding: Binding
+    dictionaries: Mapping[Site, Dictionary]
+    pairs: tuple[Pair, ...]
+    run: str
+    means: Mapping[Site, NodeMeans] | None
+
+
+def ingest_edges(options: EdgeOptions, *, progress: Callable[[Progress], None] | None = None) -> RunSummary:
+    """Measure the edges of every sequence of a task and write them; continues where an interrupted run stopped.
+
+    Raises a `UserError` for options that cannot be met, before anything is written.
+    """
+    started = time.monotonic()
+    plan = plan_run(options)
+    options.atlas.mkdir(parents=True, exist_ok=True)
+    _write_manifest(plan, None)
+    with open_graph(options.graph or options.atlas) as store:
+        _write_provenance(store, plan)
+        done = runs.done_sequences(store, plan.run)
+        writer = _Writer(store, plan, len(done), progress, started)
+        try:
+            for batch in batches(plan.pairs, plan.model.tokenizer, batch_size=options.batch_size):
+                if all(pair.key in done for pair in batch.pairs):
+                    continue
+                prepared = prepare(plan.binding, plan.dictionaries, batch, options.settings, plan.means)
+                writer.put(_Measured(batch, prepared, list(attribute(prepared)), done))
+        finally:
+            writer.close()
+        n_influences = finish_run(store, plan.run)
+    summary = RunSummary(
+        plan.run, len(plan.pairs), len(done), writer.edges, n_influences, time.monotonic() - started, tuple(s.name for s in plan.dictionaries)
+    )
+    _write_manifest(plan, summary)
+    return summary
+
+
+def plan_run(options: EdgeOptions) -> _Plan:
+    """Load what the options name and fix the run's key."""
+    options.settings.check()
+    if options.limit < 1:
+        raise UserError(f"--limit {options.limit} leaves no sequence: give at least 1")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size} is too small: give at least 1")
+    model = load_model(options.model, revision=options.revision, device=options.device, dtype=options.dtype)
+    sites = None if options.sites is None else tuple(parse_site(name) for name in options.sites)
+    dictionaries = load_dictionaries(options.dictionaries, model, sites=sites, device=options.device, dtype=options.dtype)
+    pairs = tuple(load_task(options.task, model.tokenizer, n=options.limit, seed=options.seed, skip_invalid=options.skip_invalid)[: options.limit])
+    if not pairs:
+        raise NothingToDo(f"task {options.task!r} has no sequence to run on")
+    binding = bind(model)
+    graph = binding.graph(dictionaries)
+    ordered = {site: dictionaries[site] for site in graph.sites if site != OUTPUT}
+    key = _run_key(options, model, ordered, pairs)
+    return _Plan(options, model, binding, ordered, pairs, key, _means(options, model, ordered))
+
+
+def _run_key(options: EdgeOptions, model: LoadedModel, dictionaries: Mapping[Site, Dictionary], pairs: Sequence[Pair]) -> str:
+    """Hash of everything that determines the edges: not the device, the batch size or where they are stored."""
+    settings = {name: getattr(value, "value", value) for name, value in asdict(options.settings).items()}
+    identity = {
+        "method": runs.ATTRIBUTION_PATCHING,
+        "model": model.key,
+        "dtype": options.dtype,
+        "dictionaries": {site.name: dictionary.id for site, dictionary in dictionaries.items()},
+        "settings": settings,
+        "statistics_run": options.statistics_run if options.settings.baseline is Baseline.MEAN else None,
+        "pairs": [pair.key for pair in pairs],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _means(options: EdgeOptions, model: LoadedModel, dictionaries: Mapping[Site, Dictionary]) -> Mapping[Site, NodeMeans] | None:
+    """Mean nodes from the statistics run that the options name, for the mean baseline only."""
+    if options.settings.baseline is not Baseline.MEAN:
+        return None
+    if options.statistics_run is None:
+        raise UserError("--baseline mean needs --statistics-run: run `featlas ingest statistics` first, it prints the run's name")
+    with StatisticsStore(options.atlas, read_only=True) as statistics:
+        found = {
+            site: statistics.baseline_means(options.statistics_run, site.name, dictionary.id, model=model.key)
+            for site, dictionary in dictionaries.items()
+        }
+    return {site: NodeMeans(torch.as_tensor(m.features), torch.as_tensor(m.error)) for site, m in found.items()}
+
+
+def _write_provenance(store: GraphStore, plan: _Plan) -> None:
+    """Model, run and sequence nodes; a run that was finished before stays as it is until it is finished again."""
+    options, model, settings = plan.options, plan.model, plan.options.settings
+    described = {name: getattr(model, name) for name in ("key", "name", "revision", "family", "n_layers", "d_model")}
+    store.merge_nodes("Model", pl.DataFrame([described]))
+    run = {
+        "key": plan.run,
+        "model": model.key,
+        "dictionaries": json.dumps({site.name: dictionary.id for site, dictionary in plan.dictionaries.items()}),
+        "task": options.task,
+        "method": runs.ATTRIBUTION_PATCHING,
+        "steps": settings.steps,
+        "metric": settings.metric.value,
+        "baseline": settings.baseline.value,
+        "threshold": settings.threshold,
+        "max_edges": settings.max_edges,
+        "aggregation": settings.positions.value,
+        "sites": json.dumps([site.name for site in plan.dictionaries]),
+        "seed": options.seed,
+        "version": metadata.version("featlas"),
+        "settings": json.dumps({"dtype": options.dtype, "limit": options.limit, "statistics_run": options.statistics_run}),
+    }
+    store.merge_nodes("Run", pl.DataFrame([run], schema_overrides={"max_edges": pl.Int64}))
+    runs.mark_started(store, plan.run)
+    store.merge_edges("OF_MODEL", pl.DataFrame({"source": [plan.run], "target": [model.key]}))
+    store.merge_nodes(
+        "Sequence",
+        pl.DataFrame(
+            [{name: getattr(p, name) for name in ("key", "task", "clean", "corrupt", "answer", "wrong_answer")} for p in plan.pairs]
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One batch's edges, on their way to the writer."""
+
+    batch: PairBatch
+    prepared: Prepared
+    blocks: list[EdgeBlock]
+    done: frozenset[str]
+
+
+class _Writer:
+    """The thread that writes; what it raises is raised again where the next batch is handed over, or at the end."""
+
+    def __init__(self, store: GraphStore, plan: _Plan, n_done: int, progress: Callable[[Progress], None] | None, started: float) -> None:
+        self.store, self.plan, self.progress, self.started = store, plan, progress, started
+        self.edges = 0
+        self.n_done = n_done
+        self._nodes = _NodeTable(plan)
+        self._queue: queue.Queue[_Measured | None] = queue.Queue(maxsize=QUEUE_BATCHES)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="featlas-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, measured: _Measured) -> None:
+        """Hand a batch over; waits while the queue is full."""
+        while self._error is None:
+            try:
+                self._queue.put(measured, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+        self._raise()
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        while self._thread.is_alive():
+            try:
+                self._queue.put(None, timeout=0.2)
+                break
+            except queue.Full:
+                continue
+        self._thread.join()
+        if self._error is not None:
+            self._raise()
+
+    def _raise(self) -> None:
+        error = self._error
+        assert error is not None
+        # A known error keeps its own sentence and exit code; anything else is wrapped so that its traceback is kept as the cause.
+        if isinstance(error, FeatlasError):
+            raise error
+        raise WriterFailed(f"writing to the graph failed: {error}") from error
+
+    def _work(self) -> None:
+        try:
+            while (measured := self._queue.get()) is not None:
+                self._write(measured)
+        except BaseException as error:  # noqa: BLE001 - carried over to the computing thread, which raises it
+            self._error = error
+
+    def _write(self, measured: _Measured) -> None:
+        frame = self._nodes.edges(measured.blocks)
+        new = self._nodes.unseen(measured.blocks)
+        if len(new):
+            self.store.merge_nodes("Feature", new)
+        clean, corrupt = measured.prepared.clean_metric.tolist(), measured.prepared.corrupt_metric.tolist()
+        by_sequence = dict(frame.partition_by("sequence", as_dict=True, include_key=False)) if len(frame) else {}
+        empty = frame.drop("sequence").clear()
+        commits = []
+        for i, pair in enumerate(measured.batch.pairs):
+            if pair.key in measured.done:
+                continue
+            edges = by_sequence.get((i,), empty)
+            mark = {"status": "done", "n_edges": len(edges), "metric_clean": clean[i], "metric_corrupt": corrupt[i]}
+            commits.append(SequenceCommit(self.plan.run, pair.key, edges, mark))
+        self.store.commit_sequences(commits)
+        self.edges += sum(len(c.edges) for c in commits)
+        self.n_done += len(commits)
+        if self.progress is not None:
+            self.progress(Progress(self.n_done, len(self.plan.pairs), self.edges, time.monotonic() - self.started))
+
+
+class _NodeTable:
+    """Keys and properties of the run's nodes by their number: site offset + feature index, made on demand, vectorised."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
+        sites = list(plan.dictionaries)
+        self._offsets: list[int] = []
+        frames, offset = [], 0
+        for site in sites:
+            frames.append(self._site_frame(site))
+            self._offsets.append(offset)
+            offset += len(frames[-1])
+        self._offsets.append(offset)  # the output comes last, as `y` does in the graph
+        frames.append(self._output_frame())
+        self._frame = pl.concat(frames)
+        self._seen = torch.zeros(len(self._frame), dtype=torch.bool)
+        self._offset_of = torch.tensor(self._offsets)
+
+    def _site_frame(self, site: Site) -> pl.DataFrame:
+        dictionary, model = self.plan.dictionaries[site], self.plan.model.key
+        n = dictionary.d_sae
+        stem = feature_key(model, dictionary.id, site.name, "")
+        return pl.DataFrame({"index": range(n + 1)}).select(
+            key=pl.when(pl.col("index") < n).then(pl.lit(stem) + pl.col("index").cast(pl.String)).otherwise(pl.lit(stem + "error")),
+            model=pl.lit(model),
+            dictionary=pl.lit(dictionary.id),
+            site=pl.lit(site.name),
+            layer=pl.lit(site.layer, dtype=pl.Int64),
+            kind=pl.when(pl.col("index") < n).then(pl.lit("feature")).otherwise(pl.lit("error")),
+            index=pl.when(pl.col("index") < n).then(pl.col("index").cast(pl.Int64)).otherwise(pl.lit(-1, dtype=pl.Int64)),
+        )
+
+    def _output_frame(self) -> pl.DataFrame:
+        model = self.plan.model
+        row = {
+            "key": output_key(model.key, self.plan.options.settings.metric.value), "model": model.key, "dictionary": "-", "site": OUTPUT.name,
+            "layer": OUTPUT.layer, "kind": "output", "index": -1,
+        }  # fmt: skip
+        return pl.DataFrame([row], schema=self._schema())
+
+    @staticmethod
+    def _schema() -> dict[str, Any]:
+        text = dict.fromkeys(("key", "model", "dictionary", "site"), pl.String)
+        return {**text, "layer": pl.Int64, "kind": pl.String, "index": pl.Int64}
+
+    def _numbers(self, block: EdgeBlock) -> tuple[torch.Tensor, torch.Tensor]:
+        src = self._offset_of[torch.from_numpy(block.src_site)] + torch.from_numpy(block.src_index)
+        dest = self._offset_of[torch.from_numpy(block.dest_site)] + torch.from_numpy(block.dest_index)
+        return src, dest
+
+    def edges(self, blocks: Sequence[EdgeBlock]) -> pl.DataFrame:
+        """The blocks as rows: sequence (place in the batch), source and target keys, positions, weight."""
+        keys = self._frame["key"]
+        frames = []
+        for block in blocks:
+            src, dest = self._numbers(block)
+            frames.append(
+                pl.DataFrame(
+                    {
+                        "sequence": block.sequence,
+                        "source": keys.gather(src.numpy()),
+                        "target": keys.gather(dest.numpy()),
+                        "src_pos": block.src_pos,
+                        "dest_pos": block.dest_pos,
+                        "weight": block.weight,
+                    }
+                )
+            )
+        numbers = dict.fromkeys(("src_pos", "dest_pos"), pl.Int64)
+        schema = {"sequence": pl.Int64, "source": pl.String, "target": pl.String, **numbers, "weight": pl.Float64}
+        return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+
+    def unseen(self, blocks: Sequence[EdgeBlock]) -> pl.DataFrame:
+        """Nodes that occur in the blocks and in none before, ready to be merged."""
+        touched = torch.zeros_like(self._seen)
+        for block in blocks:
+            for numbers in self._numbers(block):
+                touched[numbers] = True
+        new = (touched & ~self._seen).nonzero().flatten()
+        self._seen |= touched
+        return self._frame[new.numpy()]
+
+
+def finish_run(store: GraphStore, run: str) -> int:
+    """Derive `INFLUENCES` from the run's committed edges and close the run; the number of aggregated edges.
+
+    Positions are summed within each sequence first; mean and variance (population) are over all done sequences, an
+    absent edge counting 0. Edges that fell under the threshold or the limit of a sequence count 0 there too, so that
+    means of weak edges are biased towards 0. Idempotent.
+    """
+    n_done = len(runs.done_sequences(store, run))
+    if n_done == 0:
+        raise NothingToDo(f"run {run!r} has no finished sequence in this graph: see `featlas query runs`")
+    influences = aggregate(store.read_edges("ATTRIBUTES", run=run), n_done).with_columns(run=pl.lit(run))
+    if len(influences):
+        store.merge_edges("INFLUENCES", influences)
+    runs.mark_finished(store, run, n_sequences=n_done)
+    return len(influences)
+
+
+def aggregate(edges: pl.DataFrame, n_done: int) -> pl.DataFrame:
+    """Per (source, target): mean, mean magnitude, signed extreme, variance and count of the sequences' effects."""
+    per_sequence = (
+        edges.sort("source", "target", "sequence", "src_pos", "dest_pos")
+        .group_by("source", "target", "sequence", maintain_order=True)
+        .agg(pl.col("weight").sum())
+    )
+    mean = pl.col("weight").sum() / n_done
+    return (
+        per_sequence.group_by("source", "target", maintain_order=True)
+        .agg(
+            weight=mean,
+            abs_weight=pl.col("weight").abs().sum() / n_done,
+            max_weight=pl.col("weight").get(pl.col("weight").abs().arg_max()),
+            variance=((pl.col("weight") - mean).pow(2).sum() + (n_done - pl.len()) * mean.pow(2)) / n_done,
+            n=pl.len().cast(pl.Int64),
+        )
+    )
+
+
+def _write_manifest(plan: _Plan, summary: RunSummary | None) -> None:
+    """`runs/<key>.json` in the atlas: what is run and where, and at the end what came of it; no secrets, no addresses."""
+    folder = plan.options.atlas / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {**asdict(plan.options), "graph": "server" if plan.options.graph else "embedded", "atlas": str(plan.options.atlas)}
+    packages = ("featlas", "torch", "transformers", "nnsight", "sae-lens", "ladybug", "neo4j", "polars", "numpy")
+    manifest = {
+        "run": plan.run,
+        "status": "running" if summary is None else "done",
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "options": options,
+        "model": plan.model.key,
+        "dictionaries": {site.name: dictionary.id for site, dictionary in plan.dictionaries.items()},
+        "summary": None if summary is None else asdict(summary),
+        "versions": {name: metadata.version(name) for name in packages} | {"python": platform.python_version()},
+        "device": str(plan.model.device),
+        "threads": torch.get_num_threads(),
+        # CPU kernels are deterministic for a given number of threads; CUDA's are not promised to be.
+        "deterministic": plan.model.device.type == "cpu",
+    }
+    (folder / f"{plan.run}.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")

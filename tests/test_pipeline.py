@@ -1,0 +1,216 @@
+"""The edge-ingest job: what it writes, that it is idempotent, and that a kill loses and doubles nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+from featlas.errors import UserError
+from featlas.ingest import pipeline
+from featlas.ingest.effective import EdgeSettings, Positions, attribute, prepare
+from featlas.ingest.pipeline import EdgeOptions, aggregate, finish_run, ingest_edges, plan_run
+from featlas.model.tasks import batches
+from featlas.queries.store import StoreUnreachable, open_graph
+
+from .micro import save_tiny
+
+ROOT = Path(__file__).parents[1]
+N_PAIRS = 14
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A tiny model's folder and a JSONL task for it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(folder / "model", "llama", seed=1, n_layers=2)
+    lines = []
+    for i in range(N_PAIRS):
+        length = 5 if i % 3 else 6  # two lengths, hence batches of two shapes
+        words = [f"w{(7 * i + 3 * k) % 40}" for k in range(length)]
+        other = words.copy()
+        other[1] = f"w{(7 * i + 11) % 40}"
+        pair = {"clean": " ".join(words), "corrupt": " ".join(other), "answer": " w1", "wrong_answer": " w2", "task": "even" if i % 2 else "odd"}
+        lines.append(json.dumps(pair))
+    (folder / "task.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(params=["embedded", pytest.param("server", marks=pytest.mark.neo4j)])
+def graph(request, tmp_path, monkeypatch):
+    """Where the graph goes: None for the embedded one in the atlas, or a real server's URI with its credentials in the environment."""
+    if request.param == "embedded":
+        return None
+    server = request.getfixturevalue("clean_neo4j")
+    monkeypatch.setenv("NEO4J_USERNAME", server.username)
+    monkeypatch.setenv("NEO4J_PASSWORD", server.password)
+    return server.uri
+
+
+def options(tiny, atlas, graph=None, **changes) -> EdgeOptions:
+    base = EdgeOptions(
+        model=str(tiny / "model"), dictionaries="identity", task=str(tiny / "task.jsonl"), atlas=Path(atlas), graph=graph,
+        sites=("resid_0", "mlp_1", "resid_1"), batch_size=4,
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def snapshot(atlas, graph, run) -> dict[str, pl.DataFrame]:
+    """Everything that a run left in the graph, in a fixed order."""
+    with open_graph(graph or atlas) as store:
+        tables = {name: store.read_edges(name, run=run) for name in ("ATTRIBUTES", "INFLUENCES")}
+        tables["ON_SEQUENCE"] = store.read_edges("ON_SEQUENCE")
+        tables["nodes"] = store.query("MATCH (f:Feature) RETURN f.key AS key, f.site AS site, f.kind AS kind, f.`index` AS number ORDER BY key")
+        tables["runs"] = store.query("MATCH (r:Run) RETURN r.key AS key, r.status AS status, r.n_edges AS edges, r.n_sequences AS sequences")
+    return tables
+
+
+def assert_same(a: dict[str, pl.DataFrame], b: dict[str, pl.DataFrame]) -> None:
+    for name in a:
+        assert a[name].equals(b[name]), f"{name} differs:\n{a[name]}\n{b[name]}"
+
+
+def test_a_run_writes_the_engines_edges(tiny, tmp_path, graph):
+    chosen = options(tiny, tmp_path, graph)
+    seen = []
+    summary = ingest_edges(chosen, progress=seen.append)
+    assert (summary.n_sequences, summary.n_skipped) == (N_PAIRS, 0)
+    assert [p.done for p in seen][-1] == N_PAIRS
+    tables = snapshot(tmp_path, graph, summary.run)
+    plan = plan_run(chosen)
+    total = 0.0
+    count = 0
+    for batch in batches(plan.pairs, plan.model.tokenizer, batch_size=4):
+        for block in attribute(prepare(plan.binding, plan.dictionaries, batch, chosen.settings)):
+            total += float(block.weight.sum())
+            count += len(block.weight)
+    assert len(tables["ATTRIBUTES"]) == summary.n_edges == count
+    assert tables["ATTRIBUTES"]["weight"].sum() == pytest.approx(total, rel=1e-9)
+    assert tables["runs"].rows() == [(summary.run, "done", count, N_PAIRS)]
+    assert tables["ON_SEQUENCE"]["n_edges"].sum() == count
+    assert len(tables["INFLUENCES"]) == summary.n_influences
+    assert set(tables["nodes"]["kind"]) == {"feature", "output"}  # identity dictionaries leave no error
+
+
+def test_the_same_run_twice_changes_nothing(tiny, tmp_path, graph):
+    chosen = options(tiny, tmp_path, graph)
+    first = ingest_edges(chosen)
+    before = snapshot(tmp_path, graph, first.run)
+    again = ingest_edges(chosen)
+    assert (again.run, again.n_skipped, again.n_edges) == (first.run, N_PAIRS, 0)
+    assert_same(before, snapshot(tmp_path, graph, first.run))
+    with open_graph(graph or tmp_path) as store:
+        finish_run(store, first.run)
+    assert_same(before, snapshot(tmp_path, graph, first.run))
+
+
+@pytest.mark.parametrize("kill_after", [1, 2])
+def test_a_killed_run_resumes_to_the_same_graph(tiny, tmp_path, graph, kill_after):
+    whole = ingest_edges(options(tiny, tmp_path / "whole"))
+    reference = snapshot(tmp_path / "whole", None, whole.run)
+    described = {
+        "model": str(tiny / "model"), "dictionaries": "identity", "task": str(tiny / "task.jsonl"), "atlas": str(tmp_path / "killed"),
+        "graph": graph, "sites": ["resid_0", "mlp_1", "resid_1"], "batch_size": 4,
+    }  # fmt: skip
+    (tmp_path / "options.json").write_text(json.dumps(described))
+    command = [sys.executable, "-m", "tests.ingest_child", str(tmp_path / "options.json")]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for _ in range(kill_after):
+        assert child.stdout.readline().strip().isdigit()
+    child.send_signal(signal.SIGKILL)
+    rest = child.stdout.read()
+    assert child.wait() == -signal.SIGKILL
+    assert "finished" not in rest
+    with open_graph(graph or tmp_path / "killed") as store:
+        done = len(store.read_edges("ON_SEQUENCE"))
+    assert 0 < done < N_PAIRS
+    resumed = ingest_edges(options(tiny, tmp_path / "killed", graph))
+    assert resumed.n_skipped == done
+    assert_same(reference, snapshot(tmp_path / "killed", graph, resumed.run))
+
+
+def test_positions_kept_are_stored_and_their_sum_is_the_default(tiny, tmp_path):
+    kept = ingest_edges(options(tiny, tmp_path, settings=EdgeSettings(positions=Positions.KEEP)))
+    summed = ingest_edges(options(tiny, tmp_path))
+    assert kept.run != summed.run
+    with open_graph(tmp_path) as store:
+        fine, coarse = (store.read_edges("ATTRIBUTES", run=r.run) for r in (kept, summed))
+        means = [store.read_edges("INFLUENCES", run=r.run).drop("run") for r in (kept, summed)]
+    assert fine["src_pos"].min() >= 1
+    assert set(coarse["src_pos"]) == {-1}
+    merged = fine.group_by("sequence", "source", "target").agg(pl.col("weight").sum()).sort("sequence", "source", "target")
+    coarse = coarse.sort("sequence", "source", "target")
+    assert merged.select("sequence", "source", "target").equals(coarse.select("sequence", "source", "target"))
+    assert (merged["weight"] - coarse["weight"]).abs().max() < 1e-6
+    assert (means[0]["weight"] - means[1]["weight"]).abs().max() < 1e-6
+
+
+def test_aggregation_by_hand():
+    """Three sequences done, the edge kept in two of them, with positions: 1 + 2 and −5."""
+    rows = [("a", "b", "s1", 1, 2, 1.0), ("a", "b", "s1", 1, 3, 2.0), ("a", "b", "s2", 1, 2, -5.0), ("a", "c", "s1", 0, 0, 0.5)]
+    edges = pl.DataFrame(rows, schema=["source", "target", "sequence", "src_pos", "dest_pos", "weight"], orient="row")
+    first, second = aggregate(edges, 3).sort("target").to_dicts()
+    assert first == {
+        "source": "a", "target": "b", "weight": pytest.approx(-2 / 3), "abs_weight": pytest.approx(8 / 3), "max_weight": -5.0,
+        "variance": pytest.approx((9 + 25 + 0) / 3 - 4 / 9), "n": 2,
+    }  # fmt: skip
+    assert (second["weight"], second["n"]) == (pytest.approx(0.5 / 3), 1)
+
+
+def test_what_cannot_be_run_is_refused_before_anything_is_written(tiny, tmp_path):
+    atlas = tmp_path / "new"
+    for changes, message in [
+        ({"limit": 0}, "--limit 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"settings": EdgeSettings(steps=10)}, "--steps 10 is not available"),
+        ({"sites": ("resid_0", "nonsense")}, "unknown site 'nonsense'"),
+        ({"sites": ("resid_7",)}, "resid_7"),
+        ({"dictionaries": str(tmp_path / "none")}, "none"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ingest_edges(options(tiny, atlas, **changes))
+    assert not atlas.exists()
+
+
+def test_a_store_that_is_down_is_said_in_one_line(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("NEO4J_USERNAME", "neo4j")
+    monkeypatch.setenv("NEO4J_PASSWORD", "secret-word")
+    with pytest.raises(StoreUnreachable) as caught:
+        ingest_edges(options(tiny, tmp_path, "bolt://127.0.0.1:1"))
+    assert "bolt://127.0.0.1:1" in str(caught.value)
+    assert "secret-word" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_writer_stops_the_run_and_leaves_whole_sequences(tiny, tmp_path, monkeypatch):
+    original = pipeline._NodeTable.unseen
+    calls = []
+
+    def failing(self, blocks):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("disk on fire")
+        return original(self, blocks)
+
+    monkeypatch.setattr(pipeline._NodeTable, "unseen", failing)
+    with pytest.raises(pipeline.WriterFailed, match="disk on fire"):
+        ingest_edges(options(tiny, tmp_path / "broken"))
+    monkeypatch.undo()
+    resumed = ingest_edges(options(tiny, tmp_path / "broken"))
+    assert resumed.n_skipped == 8
+    whole = ingest_edges(options(tiny, tmp_path / "whole"))
+    assert_same(snapshot(tmp_path / "whole", None, whole.run), snapshot(tmp_path / "broken", None, whole.run))
+
+
+def test_the_manifest_says_how_the_run_was_made(tiny, tmp_path):
+    summary = ingest_edges(options(tiny, tmp_path))
+    manifest = json.loads((tmp_path / "runs" / f"{summary.run}.json").read_text())
+    assert manifest["status"] == "done"
+    assert manifest["summary"]["n_edges"] == summary.n_edges
+    assert {"torch", "featlas", "python"} <= manifest["versions"].keys()
+    assert manifest["device"] == "cpu"
+    assert manifest["dictionaries"] == {"resid_0": "identity", "mlp_1": "identity", "resid_1": "identity"}
