@@ -95,7 +95,7 @@ def outcome(tmp_path: Path, ci: str, whole: str = "") -> str:
     (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.conftest import *\n")
     (tmp_path / "test_skipping.py").write_text(SKIPPING.format(whole=whole))
     line = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={tmp_path}", str(tmp_path)]
-    done = subprocess.run(line, cwd=tmp_path, env={**os.environ, "CI": ci}, capture_output=True, text=True, check=False)
+    done = subprocess.run(line, cwd=tmp_path, env={**os.environ, "CI": ci, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True, check=False)
     return (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
