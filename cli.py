@@ -4,13 +4,15 @@ Heavy imports stand inside the commands, so that `featlas --help` answers at onc
 error and exit code 2, a failure one line and 1; anything else is a bug and keeps its traceback.
 """
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from . import console
+from .console import Format
 from .errors import FeatlasError, UserError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from .analysis.report import Report
     from .model.dictionary_sources import SiteDictionaries
     from .model.loading import LoadedModel
+    from .model.pairs import Pair
     from .queries.statistics import StatisticsStore
     from .queries.store import GraphStore
 
@@ -60,6 +63,9 @@ Metric = Annotated[
     Literal["logit_diff", "kl", "tv", "accuracy", "mrr"], typer.Option("--metric", help="What the effects are on; it must be differentiable.")
 ]
 Baseline = Annotated[Literal["counterfactual", "zero", "mean"], typer.Option("--baseline", help="The value that nodes are moved from.")]
+Architecture = Annotated[
+    Literal["standard", "gated", "topk", "batchtopk", "jumprelu"], typer.Option("--architecture", help="Kind of dictionary.")
+]
 Positions = Annotated[Literal["keep", "sum", "max"], typer.Option("--positions", help="Token positions: kept apart, summed, or the greatest effect.")]
 Steps = Annotated[
     int,
@@ -80,6 +86,10 @@ class NoAtlas(UserError):
 
 class BadParameterValue(UserError):
     """A --param is not of the form name=value."""
+
+
+class NoSuchDictionaries(UserError):
+    """Nothing that has dictionaries fits the name."""
 
 
 class NotBoth(UserError):
@@ -132,6 +142,204 @@ def _load(model: str, dictionaries: str, sites: str | None, device: str, dtype: 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Task name, a mixture a+b+c, or a JSONL file of pairs.")]
+
+
+@tasks_app.command("list")
+def tasks_list_command(as_json: Json = False) -> None:
+    """The tasks, and what a model must represent to solve each."""
+    from .model.tasks import TASKS
+
+    if as_json:
+        console.say_json([{"task": task.name, "summary": task.summary, "feature": task.feature} for task in TASKS.values()])
+    else:
+        console.table(("task", "summary"), [(task.name, task.summary) for task in TASKS.values()])
+
+
+@tasks_app.command("show")
+def tasks_show_command(
+    task: TaskArgument, model: Model = _DEMO_MODEL, limit: Limit = 10, seed: Seed = 0, skip_invalid: SkipInvalid = False, as_json: Json = False
+) -> None:
+    """Some pairs of a task, as built for the model's tokenizer."""
+    from dataclasses import asdict
+
+    from .model.tasks import TASKS
+
+    pairs = _pairs(task, _tokenizer(model), limit, seed, skip_invalid)
+    if as_json:
+        console.say_json([asdict(pair) for pair in pairs])
+        return
+    if task in TASKS:
+        console.say(f"{TASKS[task].summary}\n{TASKS[task].feature}")
+    rows = [(pair.task, pair.label, pair.clean, pair.answer.strip(), pair.corrupt, pair.wrong_answer.strip()) for pair in pairs]
+    console.table(("task", "label", "clean", "answer", "corrupted", "wrong answer"), rows)
+
+
+@tasks_app.command("build")
+def tasks_build_command(
+    task: TaskArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The JSONL file to write.")],
+    model: Model = _DEMO_MODEL,
+    limit: Limit = 100,
+    seed: Seed = 0,
+    skip_invalid: SkipInvalid = False,
+) -> None:
+    """Write a task's pairs to a JSONL file, which --task takes."""
+    from .model.tasks import write_pairs
+
+    pairs = _pairs(task, _tokenizer(model), limit, seed, skip_invalid)
+    with console.saving(output):
+        n = write_pairs(output, pairs)
+    console.say(f"wrote {n} pairs to {output}")
+
+
+@tasks_app.command("check")
+def tasks_check_command(
+    task: TaskArgument,
+    model: Model = _DEMO_MODEL,
+    limit: Limit = 100,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 32,
+    skip_invalid: SkipInvalid = False,
+    as_json: Json = False,
+) -> None:
+    """Does the model solve a task: accuracy of answer against wrong answer, and the mean logit differences, by task and label."""
+    from .model.loading import load_model
+    from .model.solvability import check_task
+
+    loaded = load_model(model, device=device, dtype=dtype)
+    checked = check_task(loaded, _pairs(task, loaded.tokenizer, limit, seed, skip_invalid), batch_size=batch_size)
+    if as_json:
+        console.say_json(checked.to_dicts())
+        return
+    columns = ("task", "label", "pairs", "accuracy", "logit difference", "corrupted", "flipped", "answer comes first")
+    shares = ("accuracy", "flipped", "first")
+    rows = [
+        [row["task"], row["label"], row["n"], *(f"{row[c]:.0%}" if c in shares else f"{row[c]:+.2f}" for c in list(checked.columns)[3:])]
+        for row in checked.iter_rows(named=True)
+    ]
+    console.table(columns, rows)
+
+
+def _tokenizer(model: str) -> Any:
+    from .model.loading import load_model
+
+    return load_model(model).tokenizer
+
+
+def _pairs(task: str, tokenizer: Any, limit: int, seed: int, skip_invalid: bool) -> "list[Pair]":
+    """A task's pairs; the lines of a file that were passed over are named on standard error."""
+    from .model.tasks import load_task
+
+    told = lambda path, refusal: console.note(f"{path}, line {refusal.line}: left out: {refusal.reason}")
+    return load_task(task, tokenizer, n=limit, seed=seed, skip_invalid=skip_invalid, report=told)
+
+
+# --- dictionaries ----------------------------------------------------------------------------------------------------
+
+
+@dictionaries_app.command("list")
+def dictionaries_list_command(
+    what: Annotated[str | None, typer.Argument(help="A folder, demo, a release (shows its sites), or part of releases' or models' names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Dictionaries that can be named: sae_lens releases, or the sites of a release, of a folder or of the demo's. Nothing is downloaded."""
+    from .model.dictionary_sources import DEMO, DEMO_FOLDER, list_folder, list_releases, release_sites
+
+    folder = DEMO_FOLDER if what == DEMO else Path(what) if what is not None and Path(what).is_dir() else None
+    if folder is not None:
+        columns, rows = ["site", "folder"], [[site.name, str(path)] for site, path in list_folder(folder).items()]
+    else:
+        releases = list_releases(what or "")
+        if any(release.name == what for release in releases):
+            columns, rows = ["site", "id"], [[site.name, sae_id] for site, sae_id in release_sites(str(what)).items()]
+        elif releases:
+            columns, rows = ["release", "model", "dictionaries"], [[r.name, r.model, str(len(r.ids))] for r in releases]
+        else:
+            raise NoSuchDictionaries(f"no folder, release or model {what!r}: `featlas dictionaries list` shows all releases")
+    if as_json:
+        console.say_json([dict(zip(columns, row)) for row in rows])
+    else:
+        console.table(columns, rows)
+
+
+@dictionaries_app.command("train")
+def dictionaries_train_command(
+    sites: Annotated[str, typer.Option("--sites", help="Sites to train on, comma-separated: resid_5,resid_11.")],
+    corpus: Annotated[str, typer.Option("--corpus", help="Text file, folder of them, JSONL with `text`, or Hugging Face data set.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save to, one sub-folder a site; the same call resumes.")],
+    model: Model = _DEMO_MODEL,
+    architecture: Architecture = "topk",
+    width: Annotated[int, typer.Option("--width", help="Features per site.")] = 2048,
+    k: Annotated[int, typer.Option("--k", help="Active features per token (topk, batchtopk).")] = 32,
+    sparsity: Annotated[float, typer.Option("--sparsity", help="Coefficient of the sparsity loss (the other kinds).")] = 1.0,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens read in all.")] = 500_000,
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over them.")] = 3,
+    task: Annotated[str | None, typer.Option("--task", help="Mix in the clean prompts of this task or mixture, a fifth of the tokens.")] = None,
+    prompts: Annotated[int, typer.Option("--prompts", help="With --task: how many prompts.")] = 2000,
+    heads: Annotated[bool, typer.Option("--heads", help="Attention sites: read the heads' outputs before the projection (hook_z).")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+) -> None:
+    """Train small dictionaries, all sites from one pass over a corpus, by sae_lens' trainers; resumable."""
+    from .model import training
+    from .model.loading import load_model
+
+    loaded = load_model(model, device=device, dtype=dtype)
+    texts = [pair.clean for pair in _pairs(task, loaded.tokenizer, prompts, seed, False)] if task else []
+    options = training.TrainingOptions(
+        sites=training.sites_of(_names(sites)), architecture=training.Architecture(architecture), width=width, k=k, sparsity=sparsity,
+        tokens=tokens, prompt_share=training.TrainingOptions.prompt_share if texts else 0.0, epochs=epochs, heads=heads, seed=seed,
+    )  # fmt: skip
+    with console.progress("training") as report:
+        trained = training.train_dictionaries(loaded, corpus, output, options, prompts=texts, progress=lambda p: report(p.done, p.total, p.stage))
+    console.table(("site", "folder", "steps", "seconds"), [(t.site.name, str(t.folder), t.steps, f"{t.seconds:.0f}") for t in trained])
+
+
+@dictionaries_app.command("evaluate")
+def dictionaries_evaluate_command(
+    corpus: Annotated[str | None, typer.Option("--corpus", help="Text that they did not see: file, folder, JSONL, or data set.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Instead of a corpus: the clean prompts of a task.")] = None,
+    model: Model = _DEMO_MODEL,
+    dictionaries: Dictionaries = _DEMO_DICTIONARIES,
+    sites: Sites = None,
+    limit: Annotated[int, typer.Option("--limit", help="Blocks of text, or prompts, at most.")] = 100,
+    length: Annotated[int, typer.Option("--length", help="Tokens in a block of text.")] = 128,
+    loss_tokens: Annotated[int, typer.Option("--loss-tokens", help="Tokens on which the recovered loss is measured; 0: not at all.")] = 5000,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """How good dictionaries are on a text: unexplained variance (FVU), active features (L0), dead share, loss recovered."""
+    from .model.corpus import prompt_tokens, read_texts, token_blocks
+    from .model.evaluation import evaluate_dictionaries
+
+    if (corpus is None) == (task is None):
+        raise NotBoth("name a text corpus with --corpus, or a task with --task: one of the two")
+    loaded, found = _load(model, dictionaries, sites, device, dtype)
+    if corpus is not None:
+        sequences = token_blocks(read_texts(corpus), loaded.tokenizer, length, limit=limit)
+    else:
+        sequences = prompt_tokens([pair.clean for pair in _pairs(str(task), loaded.tokenizer, limit, seed, False)], loaded.tokenizer, longest=length)
+    measured = evaluate_dictionaries(loaded, found, sequences, loss_tokens=loss_tokens)
+    recovered = [None if loss_tokens == 0 else quality.loss_recovered for quality in measured]
+    if as_json:
+        rows = [{"site": q.site.name, "dictionary": q.dictionary, "fvu": q.fvu, "l0": q.l0, "dead_share": q.dead_share} for q in measured]
+        console.say_json([{**row, "loss_recovered": share, "positions": q.positions} for row, share, q in zip(rows, recovered, measured)])
+        return
+    shown = [
+        (q.site.name, q.dictionary, f"{q.fvu:.3f}", f"{q.l0:.1f}", f"{q.dead_share:.0%}", None if share is None else f"{share:.0%}", q.positions)
+        for q, share in zip(measured, recovered)
+    ]
+    console.table(("site", "dictionary", "FVU", "L0", "dead", "loss recovered", "positions"), shown)
 
 
 # --- ingest ----------------------------------------------------------------------------------------------------------
@@ -228,7 +436,6 @@ def ingest_statistics_command(
 ) -> None:
     """Per feature: count, frequency, moments and strongest contexts, into the statistics store; frequencies onto the graph's features too."""
     from .ingest.statistics import StatisticsOptions, measure_statistics, pair_corpus, text_corpus
-    from .model.tasks import load_task
     from .queries.statistics import StatisticsStore
 
     if (corpus is None) == (task is None):
@@ -238,7 +445,7 @@ def ingest_statistics_command(
     if corpus is not None:
         source = text_corpus(corpus, loaded.tokenizer, options, max_sequences=limit)
     else:
-        pairs = load_task(str(task), loaded.tokenizer, n=limit or 100, seed=seed, skip_invalid=skip_invalid)
+        pairs = _pairs(str(task), loaded.tokenizer, limit or 100, seed, skip_invalid)
         source = pair_corpus(str(task), pairs, loaded.tokenizer, options, device=device)
     atlas.mkdir(parents=True, exist_ok=True)
     with StatisticsStore(atlas) as statistics, console.progress("statistics", quiet=as_json) as report:
@@ -366,6 +573,100 @@ def report_command(
         report = _gather(store, atlas, found.key, circuit, paths=paths, path_rule=path_rule, features=25, drawn=drawn)
     show.write_report(report, output)
     console.say(f"wrote {output}: {circuit.n_nodes} nodes, {circuit.n_edges} edges")
+
+
+# --- query -----------------------------------------------------------------------------------------------------------
+
+
+@app.command("query")
+def query_command(
+    name: Annotated[str | None, typer.Argument(help="A named query; --list shows them.")] = None,
+    cypher: Annotated[str | None, typer.Option("--cypher", help="Cypher of your own instead of a named query.")] = None,
+    param: Annotated[list[str] | None, typer.Option("--param", "-p", help="A parameter, name=value; numbers and JSON are read as such.")] = None,
+    format: Annotated[Format, typer.Option("--format", help="How to print or save the answer.")] = Format.TABLE,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the answer in this file.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Allow --cypher to change the graph.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="List the named queries with their parameters.")] = False,
+    atlas: Atlas = DEFAULT_ATLAS,
+    graph: Graph = None,
+) -> None:
+    """Ask the graph: a named query, or Cypher of your own; read-only unless --write."""
+    from .queries.library import list_queries, run_query
+
+    if show_list:
+        console.table(("query", "parameters", "what it answers"), [(q.name, "; ".join(map(str, q.parameters)), q.doc) for q in list_queries()])
+        return
+    if (name is None) == (cypher is None):
+        raise NotBoth("give the name of a query (see `featlas query --list`), or Cypher of your own with --cypher")
+    given = dict(_split_parameter(text) for text in param or [])
+    with _open_graph(atlas, graph, write=write) as store:
+        if cypher is not None:
+            answer = store.query(cypher, {key: _typed(value) for key, value in given.items()}, write=write)
+        else:
+            answer = run_query(store, str(name), given)
+    console.write_frame(answer, format, output)
+
+
+def _split_parameter(text: str) -> tuple[str, str]:
+    """`name=value` apart."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise BadParameterValue(f"--param {text!r} is not of the form name=value, for example --param limit=10")
+    return name.strip(), value
+
+
+def _typed(value: str) -> object:
+    """A parameter of one's own Cypher: JSON where it is JSON (numbers, true, false, lists), else the text itself."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+# --- doctor, demo ----------------------------------------------------------------------------------------------------
+
+
+@app.command("doctor")
+def doctor_command(
+    model: Annotated[str | None, typer.Option("--model", help="Also: does this model load, and solve --task.")] = None,
+    dictionaries: Annotated[str | None, typer.Option("--dictionaries", help="Also: do these dictionaries fit --model.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="The task that --model should solve.")] = None,
+    device: Device = "cpu",
+    atlas: Atlas = DEFAULT_ATLAS,
+    graph: Graph = None,
+    as_json: Json = False,
+) -> None:
+    """What is installed and working; with --model, --task and --dictionaries: do they fit together. Exit code 1 where something needed fails."""
+    from dataclasses import asdict
+
+    from . import doctor
+
+    if model is None and (dictionaries or task):
+        raise NotBoth("--dictionaries and --task are checked on a model: name it with --model")
+    checks = doctor.check_all(atlas, graph)
+    if model is not None:
+        checks += doctor.check_model(model, dictionaries, task, device)
+    if as_json:
+        console.say_json([asdict(check) for check in checks])
+    else:
+        console.table(("", "what", "found"), [("ok" if c.works else "FAILS" if c.needed else "missing", c.name, c.detail) for c in checks])
+    if any(check.needed and not check.works for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command("demo")
+def demo_command(
+    limit: Annotated[int, typer.Option("--limit", help="Pairs in all.")] = 48,
+    fast: Annotated[bool, typer.Option("--fast", help="A few pairs only, to see it work.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("report.html"),
+    seed: Seed = 0,
+    atlas: Atlas = DEFAULT_ATLAS,
+    graph: Graph = None,
+) -> None:
+    """The whole pipeline on SmolLM2-135M: tasks it solves, statistics, edges, circuit, findings, and an HTML page."""
+    from .demo import DemoOptions, run_demo
+
+    run_demo(DemoOptions(atlas=atlas, graph=graph, output=output, limit=min(limit, 8) if fast else limit, seed=seed))
 
 
 # --- neo4j -----------------------------------------------------------------------------------------------------------

@@ -105,6 +105,15 @@ def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int,
         yield report
 
 
+@contextmanager
+def saving(output: Path) -> Iterator[None]:
+    """Turns what the file system refuses into `OutputFails`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputFails(f"cannot write {output}: {error.strerror or error}") from None
+
+
 def write_frame(frame: "pl.DataFrame", format: Format, output: Path | None = None) -> None:
     """Print a frame, or save it; raises `NeedsOutput` for parquet without a file and `OutputFails`."""
     if format is Format.PARQUET and output is None:
@@ -115,13 +124,11 @@ def write_frame(frame: "pl.DataFrame", format: Format, output: Path | None = Non
         else:
             sys.stdout.write(_text(frame, format))
         return
-    try:
+    with saving(output):
         if format is Format.PARQUET:
             frame.write_parquet(output)
         else:
             output.write_text(_text(frame, format), encoding="utf-8")
-    except OSError as error:
-        raise OutputFails(f"cannot write {output}: {error.strerror or error}") from None
 
 
 def _text(frame: "pl.DataFrame", format: Format) -> str:

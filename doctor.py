@@ -1,6 +1,7 @@
 """What is installed and working: each check looks at one thing and says what it found, or what to do about it."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from .errors import FeatlasError
 
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 _JAVA = "install a Java 17 runtime (`apt-get install openjdk-17-jre-headless`)"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -63,13 +65,14 @@ def check_smollm2() -> Check:
 
 
 def _ask(command: list[str], limit_s: float = 60) -> tuple[bool, str]:
-    """Whether a program ends well, and the last line that it printed."""
+    """Whether a program ends well, and the first line of its answer (the last one of its complaint)."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         return False, str(error)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    return done.returncode == 0, lines[-1] if lines else ""
+    works = done.returncode == 0
+    lines = [line for line in _COLOUR.sub("", done.stdout if works and done.stdout else done.stderr).splitlines() if line.strip()]
+    return works, lines[0 if works else -1].strip() if lines else ""
 
 
 def check_graph_tool() -> Check:
@@ -81,11 +84,10 @@ def check_graph_tool() -> Check:
 
 def check_java() -> list[Check]:
     """Java and Maven, for a local Neo4j."""
-    java, said = _ask(["java", "-version"])
-    version = _ask(["java", "--version"])[1] if java else ""
+    java, version = _ask(["java", "--version"])
     maven, told = _ask(["mvn", "-v"])
     return [
-        Check("java", java, version or said if java else f"for `featlas neo4j up`: {_JAVA}"),
+        Check("java", java, version if java else f"for `featlas neo4j up`: {_JAVA}"),
         Check("maven", maven, told if maven else "for `featlas neo4j up`: `apt-get install maven`; not needed for a Neo4j of your own"),
     ]
 
@@ -131,3 +133,37 @@ def check_statistics(atlas: Path) -> Check:
             return f"{store.path}: {store.runs().height} run(s)"
 
     return _attempt("statistics store", opened, needed=True)
+
+
+def check_model(model: str, dictionaries: str | None, task: str | None, device: str) -> list[Check]:
+    """Whether a model loads, solves a task, and how well dictionaries reconstruct it on that task's prompts (agreement's unless given)."""
+    from .model.loading import load_model
+
+    try:
+        loaded = load_model(model, device=device)
+    except FeatlasError as error:
+        return [Check("model", False, str(error), needed=True)]
+    checks = [Check("model", True, f"{loaded.key}: {loaded.family}, {loaded.n_layers} layers, {loaded.d_model} wide", needed=True)]
+
+    def solved() -> str:
+        from .model.solvability import check_task
+        from .model.tasks import load_task
+
+        rows = check_task(loaded, load_task(str(task), loaded.tokenizer, n=32)).iter_rows(named=True)
+        whole = [row for row in rows if row["label"] is None]  # one row a task, the rest are by label
+        return "; ".join(f"{row['task']}: accuracy {row['accuracy']:.0%}, logit difference {row['logit_diff']:+.2f}" for row in whole)
+
+    def quality() -> str:
+        from .model.corpus import prompt_tokens
+        from .model.dictionary_sources import load_dictionaries
+        from .model.evaluation import evaluate_dictionaries
+        from .model.tasks import load_task
+
+        found = load_dictionaries(str(dictionaries), loaded, device=device)
+        prompts = [pair.clean for pair in load_task(task or "agreement", loaded.tokenizer, n=32)]
+        measured = evaluate_dictionaries(loaded, found, prompt_tokens(prompts, loaded.tokenizer, longest=128), loss_tokens=0)
+        return "; ".join(f"{q.site.name}: FVU {q.fvu:.2f}, L0 {q.l0:.0f}" for q in measured)
+
+    checks += [_attempt("task", solved, needed=True)] if task else []
+    checks += [_attempt("dictionaries", quality, needed=True)] if dictionaries else []
+    return checks

@@ -60,7 +60,5 @@ def show_paths(report: Report) -> None:
 
 def write_report(report: Report, output: Path) -> None:
     """Save the page; raises `OutputFails`."""
-    try:
+    with console.saving(output):
         output.write_text(render(report), encoding="utf-8")
-    except OSError as error:
-        raise console.OutputFails(f"cannot write {output}: {error.strerror or error}") from None

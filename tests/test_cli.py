@@ -1,0 +1,223 @@
+"""The command as a user meets it: help at once, one line for a mistake, exit codes, JSON for machines."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+from featlas import cli, console
+from featlas.ingest.effective import Baseline, Positions
+from featlas.model.metrics import Metric
+from featlas.queries.store import open_graph
+
+from .layered_circuit import layered_circuit
+
+FEATLAS = Path(sys.executable).parent / "featlas"
+
+
+def featlas(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own, without the surroundings' settings."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FEATLAS_", "NEO4J_"))}
+    line = [str(FEATLAS), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=clean | environment, timeout=300, check=False)
+
+
+def all_commands() -> list[tuple[str, ...]]:
+    """Every command with the group it stands in."""
+    found = [(command.name or "",) for command in cli.app.registered_commands]
+    for group in cli.app.registered_groups:
+        assert group.typer_instance is not None
+        found += [(group.name or "", command.name or "") for command in group.typer_instance.registered_commands]
+    return found
+
+
+def test_importing_the_command_loads_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "plotly", "polars", "sae_lens", "nnsight", "ladybug", "neo4j", "duckdb", "numpy", "pyarrow")
+    script = f"import sys, featlas.cli; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_answers_within_a_second() -> None:
+    best = 10.0
+    for _ in range(3):
+        started = time.monotonic()
+        assert featlas("--help").returncode == 0
+        best = min(best, time.monotonic() - started)
+    assert best < 1.0
+
+
+@pytest.mark.parametrize("command", all_commands(), ids=" ".join)
+def test_each_command_has_help(command: tuple[str, ...]) -> None:
+    done = featlas(*command, "--help")
+    assert done.returncode == 0
+    assert f"featlas {' '.join(command)}" in done.stdout
+    assert len(done.stdout.splitlines()) > 4
+
+
+def test_commands_are_those_of_the_design() -> None:
+    assert set(all_commands()) == {
+        ("demo",), ("doctor",), ("query",), ("report",), ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"),
+        ("dictionaries", "list"), ("dictionaries", "train"), ("dictionaries", "evaluate"), ("ingest", "edges"), ("ingest", "statistics"),
+        ("ingest", "finish"), ("analyze", "circuit"), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
+    }  # fmt: skip
+
+
+def test_choices_on_the_command_line_are_those_of_the_library() -> None:
+    text = " ".join(featlas("ingest", "edges", "--help").stdout.replace("\n", " ").split())
+    assert f"[{'|'.join(Metric)}]" in text.replace(" ", "") or all(choice in text for choice in Metric)
+    for choice in (*Baseline, *Positions, *Metric):
+        assert choice in text
+
+
+def mistake(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """One line on standard error, nothing on standard output, the exit code, and what the line must name."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("featlas: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    mistake(featlas("nonsense"), 2, "nonsense")
+    mistake(featlas("ingest", "edges", "--metric", "brilliance"), 2, "--metric", "brilliance")
+    mistake(featlas("query", "runs", "--atlas", tmp_path / "none"), 2, "none", "featlas demo")
+    mistake(featlas("analyze", "circuit", "--atlas", tmp_path / "none"), 2, "no graph in", "--atlas")
+    mistake(featlas("query", "runs", "--graph", "http://127.0.0.1:1"), 2, "http://127.0.0.1:1", "bolt://")
+    mistake(featlas("ingest", "statistics"), 2, "--corpus", "--task")
+
+
+def test_a_server_that_is_down_is_a_failure_with_exit_code_1() -> None:
+    mistake(featlas("query", "runs", "--graph", "bolt://127.0.0.1:1"), 1, "bolt://127.0.0.1:1")
+
+
+def test_no_arguments_show_the_help_and_fail() -> None:
+    done = featlas()
+    assert done.returncode == 2
+    assert "Usage: featlas" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_unexpected_errors_keep_their_traceback() -> None:
+    script = "import sys, featlas.cli as c; c.console.say = lambda *a: 1 / 0; sys.argv = ['featlas', '--version']; c.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "Traceback" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An atlas with one run of a random layered graph."""
+    folder = tmp_path_factory.mktemp("atlas")
+    circuit, _ = layered_circuit(n_sites=4, per_site=20)
+    nodes = circuit.nodes.select("key", "site", "layer", "kind").with_columns(model=pl.lit("m@1"), dictionary=pl.lit("d"), index=pl.lit(-1))
+    edges = circuit.edges.select("source", "target", "weight", abs_weight=pl.col("strength"), run=pl.lit("abc123"), n=pl.lit(1))
+    sequence = {"key": "s1", "task": "agreement", "clean": "The dogs", "corrupt": "The dog", "answer": " are", "wrong_answer": " is"}
+    with open_graph(folder) as store:
+        store.merge_nodes("Model", pl.DataFrame([{"key": "m@1", "name": "m"}]))
+        run = {"key": "abc123", "model": "m@1", "task": "agreement", "metric": "logit_diff", "dictionaries": '{"resid_0": "d"}', "status": "done"}
+        store.merge_nodes("Run", pl.DataFrame([run]))
+        store.merge_nodes("Sequence", pl.DataFrame([sequence]))
+        store.merge_nodes("Feature", nodes)
+        store.merge_edges("INFLUENCES", edges)
+        attributes = circuit.edges.select("source", "target", "weight")
+        store.commit_sequence("abc123", "s1", attributes, {"metric_clean": 2.0, "metric_corrupt": -1.0})
+    return folder
+
+
+def test_circuit_by_threshold_is_printed_written_and_repeated(atlas: Path) -> None:
+    done = featlas("analyze", "circuit", "--threshold", 0.5, "--atlas", atlas, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["n_edges"] == len(found["edges"]) > 0
+    assert min(edge["strength"] for edge in found["edges"]) >= 0.5
+    assert found["run"] == "abc123"
+    again = json.loads(featlas("analyze", "circuit", "--threshold", 0.5, "--atlas", atlas, "--json").stdout)
+    assert again["circuit"] == found["circuit"]
+    with open_graph(atlas, read_only=True) as store:
+        assert store.query("MATCH (c:Circuit) RETURN c.key AS key, c.n_edges AS n").rows() == [(found["circuit"], found["n_edges"])]
+    table = featlas("analyze", "circuit", "--threshold", 0.5, "--atlas", atlas, "--no-write").stdout
+    for part in ("Where the effect flows", "Features with the most influence", "Strongest paths", "resid_4", "average degree"):
+        assert part in table
+
+
+def test_circuit_mistakes(atlas: Path) -> None:
+    mistake(featlas("analyze", "circuit", "--threshold", 1e9, "--atlas", atlas), 2, "1e+09", "lower --threshold")
+    mistake(featlas("analyze", "circuit", "--run", "zzz", "--atlas", atlas), 2, "zzz", "abc123")
+    mistake(featlas("analyze", "circuit", "--sequence", "zzz", "--atlas", atlas), 2, "zzz")
+
+
+def test_environment_names_the_atlas(atlas: Path) -> None:
+    done = featlas("analyze", "circuit", "--edges", 50, "--no-write", "--json", FEATLAS_ATLAS=str(atlas))
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads(done.stdout)["n_edges"] <= 55
+
+
+def test_report_is_one_file(atlas: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = featlas("report", "--output", page, "--atlas", atlas, "--edges", 100)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "agreement" in text
+    mistake(featlas("report", "--output", tmp_path / "no" / "folder.html", "--atlas", atlas), 2, "folder.html")
+
+
+def test_query_formats_and_refused_writes(atlas: Path, tmp_path: Path) -> None:
+    cypher = "MATCH (r:Run) RETURN r.key AS run, r.task AS task"
+    assert json.loads(featlas("query", "--cypher", cypher, "--atlas", atlas, "--format", "json").stdout) == [{"run": "abc123", "task": "agreement"}]
+    assert featlas("query", "--cypher", cypher, "--atlas", atlas, "--format", "csv").stdout == "run,task\nabc123,agreement\n"
+    assert "abc123" in featlas("query", "--cypher", cypher, "--atlas", atlas).stdout
+    file = tmp_path / "out.parquet"
+    assert featlas("query", "--cypher", cypher, "--atlas", atlas, "--format", "parquet", "--output", file).returncode == 0
+    assert pl.read_parquet(file).rows() == [("abc123", "agreement")]
+    mistake(featlas("query", "--cypher", cypher, "--atlas", atlas, "--format", "parquet"), 2, "--output")
+    write = "MATCH (r:Run) SET r.status = 'broken'"
+    mistake(featlas("query", "--cypher", write, "--atlas", atlas), 2, "--write")
+    assert featlas("query", "--cypher", write, "--atlas", atlas, "--write").returncode == 0
+    status = featlas("query", "--cypher", "MATCH (r:Run) RETURN r.status AS status", "--atlas", atlas, "--format", "csv").stdout
+    assert status == "status\nbroken\n"
+
+
+def test_wrong_query_shows_the_databases_message(atlas: Path) -> None:
+    done = featlas("query", "--cypher", "MATCH (f:Feature RETURN f", "--atlas", atlas)
+    assert done.returncode == 2
+    assert "Parser exception" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_parameters_are_numbers_where_they_look_like_it(atlas: Path) -> None:
+    cypher = "MATCH (f:Feature) WHERE f.layer >= $least AND f.kind = $kind RETURN count(f) AS n"
+    done = featlas("query", "--cypher", cypher, "--param", "least=4", "--param", "kind=feature", "--atlas", atlas, "--format", "csv")
+    assert done.stdout == "n\n60\n", done.stderr
+    mistake(featlas("query", "--cypher", cypher, "--param", "least", "--atlas", atlas), 2, "least", "name=value")
+
+
+def test_tables_do_not_read_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table(("token", "n"), [("[bold red]x[/]", 1), ("[/nonsense]", 22)])
+    printed = capsys.readouterr().out
+    assert "[bold red]x[/]" in printed
+    assert "[/nonsense]" in printed
+
+
+def test_neo4j_status_and_down_without_a_server(tmp_path: Path) -> None:
+    status = featlas("neo4j", "status", "--home", tmp_path)
+    assert status.returncode == 1
+    assert "featlas neo4j up" in status.stdout
+    assert featlas("neo4j", "down", "--home", tmp_path).stdout.strip() == "no Neo4j of featlas was running"
+
+
+def test_doctor_names_what_it_found(tmp_path: Path) -> None:
+    done = featlas("doctor", "--atlas", tmp_path, "--json")
+    checks = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0
+    assert checks["torch"]["works"]
+    assert {"graph-tool", "java", "maven", "chromium", "graph store", "statistics store"} <= set(checks)
