@@ -416,28 +416,34 @@ def _context_table(contexts: Contexts, d_sae: int, keys: Sequence[str], tokenize
     sequence = contexts.sequence.cpu().numpy()
     feature, rank = np.nonzero(sequence >= 0)  # sorted by feature, then rank
     sequence, tokens = sequence[feature, rank], contexts.tokens.cpu().numpy()[feature, rank]  # (n,), (n, before + 1 + after)
-    text = _token_texts(tokens, tokenizer)
-    strings = lambda part: pl.Series(part.tolist(), dtype=pl.List(pl.String)).list.drop_nulls()
-    ids = pl.Series(np.where(tokens >= 0, tokens, ERROR).tolist(), dtype=pl.List(pl.Int32))
-    return pl.DataFrame(
+    frame = pl.DataFrame(
         {
             "feature": np.where(feature == d_sae, ERROR, feature).astype(np.int32), "rank": rank.astype(np.int32),
             "value": contexts.value.cpu().numpy()[feature, rank], "sequence": sequence,
             "sequence_key": pl.Series([keys[i] for i in sequence] if keys else [None] * len(sequence), dtype=pl.String),
-            "position": contexts.position.cpu().numpy()[feature, rank], "token_ids": ids.list.eval(pl.element().filter(pl.element() >= 0)),
-            "before": strings(text[:, : contexts.before]), "token": pl.Series(text[:, contexts.before].tolist(), dtype=pl.String),
-            "after": strings(text[:, contexts.before + 1 :]),
+            "position": contexts.position.cpu().numpy()[feature, rank],
+            "ids": _rows(pl.Series(tokens.reshape(-1), dtype=pl.Int32), tokens.shape), "texts": _rows(_token_texts(tokens, tokenizer), tokens.shape),
         }
     )  # fmt: skip
+    texts, before = pl.col("texts").list, contexts.before
+    return frame.with_columns(
+        pl.col("ids").list.eval(pl.element().filter(pl.element() >= 0)).alias("token_ids"),
+        texts.slice(0, before).list.drop_nulls().alias("before"), texts.get(before).alias("token"),
+        texts.slice(before + 1).list.drop_nulls().alias("after"),
+    ).drop("ids", "texts")  # fmt: skip
 
 
-def _token_texts(tokens: np.ndarray, tokenizer: Any) -> np.ndarray:
-    """The text of each token id, None where there is none (-1); each different id is decoded once."""
+def _rows(flat: pl.Series, shape: tuple[int, ...]) -> pl.Series:
+    """A flat series (n · width,) as n lists of `width`."""
+    return flat.reshape(shape).arr.to_list() if len(flat) else pl.Series(dtype=pl.List(flat.dtype))
+
+
+def _token_texts(tokens: np.ndarray, tokenizer: Any) -> pl.Series:
+    """The text of each token id, flat, null where there is none (-1); each different id is decoded once."""
     ids, place = np.unique(tokens, return_inverse=True)
-    texts = np.full(len(ids), None, dtype=object)
-    real = ids >= 0
-    texts[real] = tokenizer.batch_decode(ids[real, None].tolist(), clean_up_tokenization_spaces=False)
-    return texts[place].reshape(tokens.shape)
+    real = ids[ids >= 0]
+    texts = tokenizer.batch_decode(real[:, None].tolist(), clean_up_tokenization_spaces=False) if len(real) else []
+    return pl.Series([None] * (len(ids) - len(real)) + texts, dtype=pl.String).gather(place.reshape(-1))
 
 
 def _error_table(statistics: SiteStatistics) -> pl.DataFrame:

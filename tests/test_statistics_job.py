@@ -196,7 +196,7 @@ def test_baselines_by_position(whole, model, dictionaries, corpus):
 def pairs(n: int = 5) -> list[Pair]:
     """Pairs of two lengths that differ in their second word."""
     tail = lambda i: " w3" * (1 + i % 2)
-    return [Pair(clean=f"w1 w{10 + i} w2{tail(i)}", corrupt=f"w1 w{20 + i} w2{tail(i)}", answer="w5", wrong_answer="w6", task="t") for i in range(n)]
+    return [Pair(clean=f"w1 w{10 + i} w2{tail(i)}", corrupt=f"w1 w{20 + i} w2{tail(i)}", answer=" w5", wrong_answer=" w6", task="t") for i in range(n)]
 
 
 def test_a_task_measures_both_sides_and_names_its_pairs(store, model, dictionaries):
