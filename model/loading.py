@@ -310,7 +310,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         with _quiet(), redirect_stderr(io.StringIO()):  # the de-quantising bar has no switch
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             module = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # tokenizers and the GGUF reader raise bare ones
         raise ModelLoadFailed(f"{gguf} cannot be read as a GGUF language model: {_first_line(error)}") from error
     # transformers refuses to save what it believes to be quantised still; the weights in memory are plain float32.
     if hasattr(module.config, "quantization_config"):
@@ -354,7 +354,7 @@ def _load_module(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, An
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # tokenizers raises bare ones
         raise NotAModelFolder(f"model {source.name!r} has no tokenizer that loads in {source.folder}: {_first_line(error)}") from error
     try:
         with _quiet():

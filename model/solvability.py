@@ -45,7 +45,7 @@ def check_task(model: LoadedModel, pairs: Sequence[Pair], *, batch_size: int = 3
     for (task,), group in measured.group_by("task", maintain_order=True):
         by_label = group.drop_nulls("label").group_by("label", maintain_order=True).agg(*figures)
         whole = group.select(*figures).with_columns(pl.lit(None, pl.String).alias("label"))
-        rows += [frame.with_columns(pl.lit(task).alias("task")).select(CHECK_SCHEMA) for frame in (whole, by_label)]
+        rows += [frame.with_columns(pl.lit(task).alias("task")).select(list(CHECK_SCHEMA)) for frame in (whole, by_label)]
     return pl.concat(rows).cast(CHECK_SCHEMA)  # type: ignore[arg-type]
 
 

@@ -4,24 +4,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-FEMALE_NAMES = tuple(
-    (
-        "Alice Amanda Amy Andrea Angela Ann Anna Anne Ashley Barbara Betty Beth Carol Caroline Catherine Charlotte Christina Christine "
-        "Claire Clara Cynthia Deborah Diana Diane Donna Dorothy Elizabeth Ella Ellen Emily Emma Eva Frances Grace Hannah Heather Helen "
-        "Irene Isabella Jane Janet Jennifer Jessica Joan Joyce Judith Judy Julia Julie Karen Kate Katherine Kathy Kim Laura Lauren Lily "
-        "Linda Lisa Liz Louise Lucy Margaret Maria Marie Martha Mary Megan Melissa Michelle Nancy Nicole Olivia Pamela Patricia Rachel "
-        "Rebecca Rose Ruth Samantha Sandra Sara Sarah Sharon Sophia Sophie Stephanie Susan Teresa Victoria Virginia Wendy"
-    ).split()
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FEMALE_NAMES = _listed(
+    "Alice Amanda Amy Andrea Angela Ann Anna Anne Ashley Barbara Betty Beth Carol Caroline Catherine Charlotte Christina Christine "
+    "Claire Clara Cynthia Deborah Diana Diane Donna Dorothy Elizabeth Ella Ellen Emily Emma Eva Frances Grace Hannah Heather Helen "
+    "Irene Isabella Jane Janet Jennifer Jessica Joan Joyce Judith Judy Julia Julie Karen Kate Katherine Kathy Kim Laura Lauren Lily "
+    "Linda Lisa Liz Louise Lucy Margaret Maria Marie Martha Mary Megan Melissa Michelle Nancy Nicole Olivia Pamela Patricia Rachel "
+    "Rebecca Rose Ruth Samantha Sandra Sara Sarah Sharon Sophia Sophie Stephanie Susan Teresa Victoria Virginia Wendy"
 )
-MALE_NAMES = tuple(
-    (
-        "Aaron Adam Alan Albert Alexander Andrew Anthony Arthur Ben Benjamin Bill Bob Brian Carl Charles Christopher Colin Craig Daniel "
-        "Dave David Dennis Donald Douglas Edward Eric Ethan Francis Frank Fred Gary George Graham Greg Harold Harry Henry Howard Hugh Ian "
-        "Jack Jacob James Jason Jeff Jeremy Jim Joe John Jonathan Joseph Joshua Justin Keith Kenneth Kevin Larry Lawrence Leon Louis Luke "
-        "Mark Martin Matt Matthew Max Michael Mike Nathan Neil Nicholas Nick Oliver Oscar Patrick Paul Peter Phil Philip Ralph Ray Richard "
-        "Rick Robert Roger Ron Roy Ryan Sam Samuel Scott Sean Simon Stephen Steve Steven Stuart Ted Thomas Tim Timothy Tom Tony Victor "
-        "Vincent Walter William"
-    ).split()
+MALE_NAMES = _listed(
+    "Aaron Adam Alan Albert Alexander Andrew Anthony Arthur Ben Benjamin Bill Bob Brian Carl Charles Christopher Colin Craig Daniel "
+    "Dave David Dennis Donald Douglas Edward Eric Ethan Francis Frank Fred Gary George Graham Greg Harold Harry Henry Howard Hugh Ian "
+    "Jack Jacob James Jason Jeff Jeremy Jim Joe John Jonathan Joseph Joshua Justin Keith Kenneth Kevin Larry Lawrence Leon Louis Luke "
+    "Mark Martin Matt Matthew Max Michael Mike Nathan Neil Nicholas Nick Oliver Oscar Patrick Paul Peter Phil Philip Ralph Ray Richard "
+    "Rick Robert Roger Ron Roy Ryan Sam Samuel Scott Sean Simon Stephen Steve Steven Stuart Ted Thomas Tim Timothy Tom Tony Victor "
+    "Vincent Walter William"
 )
 
 # Singular and plural; people first, since only they like, know or follow others.
@@ -54,12 +55,10 @@ THINGS = (
     ("truck", "trucks"), ("village", "villages"), ("wall", "walls"), ("window", "windows"),
 )  # fmt: skip
 # Adjectives that fit people and things alike.
-ADJECTIVES = tuple(
-    (
-        "old new young big small tall famous strange beautiful quiet large little other good great nice poor dirty clean ordinary lovely "
-        "remarkable unusual wonderful interesting important special strong weak early local foreign modern ancient expensive perfect dark "
-        "red"
-    ).split()
+ADJECTIVES = _listed(
+    "old new young big small tall famous strange beautiful quiet large little other good great nice poor dirty clean ordinary lovely "
+    "remarkable unusual wonderful interesting important special strong weak early local foreign modern ancient expensive perfect dark "
+    "red"
 )
 # Forms after a singular and after a plural subject.
 COPULAS = (("is", "are"), ("was", "were"), ("has", "have"))
@@ -70,19 +69,17 @@ RELATIONS = (
     ("understands", "understand"), ("visits", "visit"), ("wants", "want"),
 )  # fmt: skip
 
-PLACES = tuple("store park school office restaurant hospital station garden market library museum church beach hotel cafe bank".split())
-GIFTS = tuple("drink book ring letter ball key flower gift coat card map camera hat ticket cake pen basket phone box".split())
+PLACES = _listed("store park school office restaurant hospital station garden market library museum church beach hotel cafe bank")
+GIFTS = _listed("drink book ring letter ball key flower gift coat card map camera hat ticket cake pen basket phone box")
 
 # What lasts from one year to another.
-EVENTS = tuple(
-    (
-        "war siege reign voyage project campaign conflict dispute journey expedition mission program construction struggle revolt battle "
-        "tour trial exhibition contract treaty plague drought search alliance rebellion occupation partnership renovation"
-    ).split()
+EVENTS = _listed(
+    "war siege reign voyage project campaign conflict dispute journey expedition mission program construction struggle revolt battle "
+    "tour trial exhibition contract treaty plague drought search alliance rebellion occupation partnership renovation"
 )
-# What people of a profession did; never a word of the profession's own stem, and all of it as likely of a woman as of a man.
+# What people of a profession did, never in a word of the profession's own stem; the professions go with "a", not "an".
 BIOGRAPHIES: dict[str, tuple[str, ...]] = {
-    "nurse": ("cared for patients in a hospital", "helped the doctors to care for patients", "gave patients their medicine in a clinic"),
+    "nurse": ("cared for patients in a hospital", "looked after patients in a hospital", "gave patients their medicine in a clinic"),
     "lawyer": ("defended clients in court", "went to court to defend clients", "gave clients advice about the law"),
     "teacher": ("taught children at a small school", "helped the children to read and write", "gave lessons to children in a school"),
     "professor": ("taught physics at a large university", "gave lectures at the university", "published research and taught at a university"),
@@ -91,11 +88,11 @@ BIOGRAPHIES: dict[str, tuple[str, ...]] = {
     "farmer": ("grew corn and raised cattle", "raised cows and sheep in the country", "grew wheat and kept chickens"),
     "pilot": ("flew planes for an airline", "flew large planes across the ocean", "flew passenger planes around the world"),
     "chef": ("cooked meals in a restaurant", "ran the kitchen of a famous restaurant", "cooked dinner in a large hotel"),
-    "engineer": ("designed bridges and machines", "designed engines for a car company", "built bridges and roads for the city"),
+    "soldier": ("fought in the army during the war", "joined the army to defend the country", "fought in several battles"),
     "musician": ("played the violin in a band", "played the piano in many concerts", "played the guitar and the drums"),
     "photographer": ("took pictures with a camera", "took pictures of weddings and families", "used a camera to take portraits"),
 }
-NUMBER_WORDS = tuple("one two three four five six seven eight nine ten eleven twelve".split())
+NUMBER_WORDS = _listed("one two three four five six seven eight nine ten eleven twelve")
 
 
 @dataclass(frozen=True)
