@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ _handles_lock = threading.RLock()
 
 class LadybugStore(GraphStore):
     """The graph in the file `path`. Raises `NotAGraph`, `StoreBusy` or `SchemaVersionMismatch` on opening."""
+
+    dialect = "ladybug"
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path.expanduser().resolve()
@@ -436,6 +439,8 @@ def _plain(value: Any) -> Any:
     """A Ladybug value as plain values; see `store.rendered_node` for the shape of what is a graph's."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, Decimal):  # also the sum of whole numbers
+        return int(value) if value == value.to_integral_value() else float(value)
     if not isinstance(value, dict):
         return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
     if "_NODES" in value:

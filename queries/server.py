@@ -57,6 +57,8 @@ Statement = LiteralString
 class Neo4jStore(GraphStore):
     """The graph on the server at `uri`. Opening raises what `store.open_graph` lists, naming the URI and never the password."""
 
+    dialect = "neo4j"
+
     def __init__(self, uri: str, credentials: ServerCredentials, *, read_only: bool = False) -> None:
         self.uri = uri
         self.read_only = read_only

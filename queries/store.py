@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 import polars as pl
 
@@ -115,7 +115,12 @@ class ServerCredentials:
 
 
 class GraphStore(ABC):
-    """A graph of features. Six methods are the backend's; the rest is said in terms of them."""
+    """A graph of features. Six methods are the backend's; the rest is said in terms of them.
+
+    `dialect` names the Cypher that `query` takes; a named query may have a text of its own for a dialect.
+    """
+
+    dialect: ClassVar[str]
 
     @abstractmethod
     def merge_nodes(self, label: str, rows: pl.DataFrame) -> None:
