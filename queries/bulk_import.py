@@ -1,4 +1,4 @@
-"""The first load of a large graph into Neo4j, by its own offline importer: three times as fast as writing by transactions.
+"""The first load of a large graph into Neo4j, by its own offline importer, which writes no transactions.
 
 1. `export_import_files` reads a graph store, or `write_import_files` takes frames: CSV files in parts, one header file a kind
    of node or edge, and `import.args`, the importer's arguments. The folder can be moved and used on any Neo4j 5, also by hand:

@@ -93,6 +93,7 @@ def embedded(tmp_path: Path) -> Iterator[GraphStore]:
 
 
 @pytest.mark.neo4j
+@pytest.mark.slow
 def test_imported_graph_equals_the_embedded_one(neo4j_jars: None, embedded: GraphStore, tmp_path: Path) -> None:
     home = tmp_path / "server"
     files = export_import_files(embedded, tmp_path / "import files, all", rows_per_file=7)  # many parts, and a name that needs quoting

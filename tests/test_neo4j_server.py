@@ -79,6 +79,7 @@ def test_admin_commands_are_refused_while_the_server_runs(neo4j_server: Neo4jTes
 
 
 @pytest.mark.neo4j
+@pytest.mark.slow
 def test_data_and_password_outlive_a_restart_and_a_kill(neo4j_jars: None, tmp_path: Path) -> None:
     home = tmp_path / "server"
     info = launcher.up(home, THROWAWAY)
