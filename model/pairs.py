@@ -249,4 +249,5 @@ def _parse_pair(text: str, task: str) -> Pair:
             raise ValueError(f"{key} is empty")
         if value and any("\ud800" <= character <= "\udfff" for character in value):
             raise ValueError(f"{key} holds half of a surrogate pair, which is no text")
-    return Pair(*(values[key] for key in _REQUIRED), task=values.get("task") or task, label=values.get("label"))
+    clean, corrupt, answer, wrong_answer = (values[key] for key in _REQUIRED)
+    return Pair(clean, corrupt, answer, wrong_answer, values.get("task") or task, values.get("label"))

@@ -149,10 +149,13 @@ _GROWING = "During the {event} the number rose from {count} to"
 
 
 def greater_than(vocabulary: Vocabulary) -> Spaces:
-    """The first of three forms that the tokenizer can answer by one token: one digit, two digits, or number words."""
+    """The first of three forms that the tokenizer can answer by one token: two digits, one digit, or number words.
+
+    Two come first: a tokenizer that reads digits in twos would take one as well, but a year never goes on so there.
+    """
     events = vocabulary.single(words.EVENTS)
     numbers = vocabulary.single(words.NUMBER_WORDS)
-    forms = (_by_digit(events), _by_two_digits(events), _by_word(events, numbers))
+    forms = (_by_two_digits(events), _by_digit(events), _by_word(events, numbers))
     return next((form for form in forms if _fits(form, vocabulary)), forms[-1])
 
 
