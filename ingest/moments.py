@@ -25,6 +25,9 @@ Arrays = dict[str, NDArray[Any]]
 FLUSH_ROWS = 8192
 """Rows collected before their products are added: one sparse product of many rows is cheaper than many of few."""
 
+FLUSH_ENTRIES = 4_000_000
+"""Nonzero nodes collected at most (12 or 16 bytes each), whatever the number of rows: dense nodes reach it first."""
+
 DENSE_ROWS = 1024
 """Rows multiplied at a time where the nodes are dense."""
 
@@ -309,8 +312,11 @@ def _best_per_group(group: Tensor, value: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LiveRule:
-    """Which features take part in second moments: those active on at least `min_frequency` of the first `rows` tokens
-    (of all, where the corpus is shorter), the `max_live` most frequent of them; equal ones by lower index."""
+    """Which features take part in second moments: those active on at least `min_frequency` of the first `rows` tokens,
+    the `max_live` most frequent of them; equal ones by lower index.
+
+    The first tokens are counted in whole batches, and are fewer where the corpus is shorter or they hold `FLUSH_ENTRIES` nonzero nodes.
+    """
 
     rows: int = 16_384
     min_frequency: float = 1e-3
@@ -331,6 +337,7 @@ class SecondMoments:
     """Sums of products x_i·x_j of the live features of one site over all tokens, in memory bounded by `rule.max_live`².
 
     Rows are collected in `pending` until the live set is known, and then up to `FLUSH_ROWS` at a time, so that the sums cover every token.
+    Pending entries are (row int32, feature int32, value in the precision of the nodes, float32 at least).
     live: (n_live,) int64, None until chosen. sums: (n_live, n_live) float64. rows: tokens seen, pending ones included.
     """
 
@@ -345,16 +352,18 @@ class SecondMoments:
 
     def add(self, nodes: SparseNodes) -> None:
         """Take one batch."""
-        self.pending.append((nodes.row + self.pending_rows, nodes.feature, nodes.value.double()))
+        value = nodes.value if nodes.value.dtype == torch.float64 else nodes.value.float()
+        self.pending.append(((nodes.row + self.pending_rows).int(), nodes.feature.int(), value))
         self.pending_rows += nodes.n_rows
         self.rows += nodes.n_rows
-        if self.pending_rows >= (self.rule.rows if self.live is None else FLUSH_ROWS):
+        entries = sum(len(row) for row, _, _ in self.pending)
+        if entries >= FLUSH_ENTRIES or self.pending_rows >= (self.rule.rows if self.live is None else FLUSH_ROWS):
             self.flush()
 
     def _collected(self) -> Entries:
         if not self.pending:
-            none = torch.zeros(0, dtype=torch.int64, device=self.device)
-            return none, none, none.double()
+            none = torch.zeros(0, dtype=torch.int32, device=self.device)
+            return none, none, none.float()
         row, feature, value = (torch.cat(columns) for columns in zip(*self.pending))
         self.pending = [(row, feature, value)]
         return row, feature, value
@@ -362,6 +371,7 @@ class SecondMoments:
     def flush(self) -> tuple[Tensor, Tensor]:
         """Add the products of the pending rows; the live features are chosen at the first call. Returns (live, sums)."""
         row, feature, value = self._collected()
+        row, feature, value = row.long(), feature.long(), value.double()
         if self.live is None:
             self.live = self.rule.choose(torch.bincount(feature, minlength=self.d_sae), self.pending_rows)
         if self.sums is None:
@@ -383,7 +393,7 @@ class SecondMoments:
     def to_arrays(self) -> Arrays:
         row, feature, value = (column.cpu().numpy() for column in self._collected())
         arrays: Arrays = {"rows": np.array(self.rows), "pending_rows": np.array(self.pending_rows)}
-        arrays |= {"row": row.astype(np.int32), "feature": feature.astype(np.int32), "value": value}
+        arrays |= {"row": row, "feature": feature, "value": value}
         if self.live is not None and self.sums is not None:
             arrays |= {"live": self.live.cpu().numpy(), "upper": self.sums.cpu().numpy()[np.triu_indices(len(self.live))]}
         return arrays
@@ -397,8 +407,7 @@ class SecondMoments:
             upper = np.zeros((len(live), len(live)))
             upper[np.triu_indices(len(live))] = arrays["upper"]
             sums = torch.from_numpy(upper + np.triu(upper, 1).T).to(device)
-        pending = [(row.long(), feature.long(), value)]
-        return SecondMoments(d_sae, rule, device, live, sums, int(arrays["rows"]), pending, int(arrays["pending_rows"]))
+        return SecondMoments(d_sae, rule, device, live, sums, int(arrays["rows"]), [(row, feature, value)], int(arrays["pending_rows"]))
 
 
 def _add_products(sums: Tensor, row: Tensor, column: Tensor, value: Tensor, n_rows: int) -> None:

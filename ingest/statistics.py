@@ -56,7 +56,7 @@ class StateDoesNotFit(FeatlasError):
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsOptions:
-    """What is measured, and how. All but `commit_seconds` are part of the run's key.
+    """What is measured, and how. All but `commit_seconds` and `seed` (which is only noted: the pass has no randomness) are part of the run's key.
 
     length: tokens per block of a corpus. batch_size: sequences (or pairs) per forward pass.
     skip_positions: first positions left out; None is 1 for corpora, 0 for tasks.
@@ -265,6 +265,29 @@ def measure_statistics(
     return store.run(record.run)
 
 
+def measure_attributions(
+    store: StatisticsStore,
+    model: LoadedModel,
+    dictionaries: Mapping[Site, Dictionary],
+    corpus: Corpus,
+    options: StatisticsOptions,
+    settings: EdgeSettings,
+    *,
+    means: Mapping[Site, NodeMeans] | None = None,
+    statistics_run: str | None = None,
+    progress: Progress | None = None,
+) -> RunRecord:
+    """`measure_statistics` over the nodes' attributions to `settings.metric`; `corpus` is a `pair_corpus` with `clean_only`.
+
+    `means` and the `statistics_run` that they come from are for the mean baseline.
+    """
+    measure = attribution_measure(bind(model), dictionaries, settings, means=means, first_position=corpus.first_position)
+    arguments = {"metric": str(settings.metric), "node_baseline": str(settings.baseline), "statistics_run": statistics_run}
+    return measure_statistics(
+        store, model, dictionaries, corpus, options, basis="attribution", measure=measure, arguments=arguments, progress=progress
+    )
+
+
 def plan_run(
     model: LoadedModel,
     dictionaries: Mapping[Site, Dictionary],
@@ -276,7 +299,7 @@ def plan_run(
 ) -> RunRecord:
     """The run's record with its key: a hash of model, precision, dictionaries, corpus, basis and options."""
     described: dict[str, object] = {**asdict(options), "skip_positions": corpus.first_position, **(arguments or {})}
-    del described["commit_seconds"]
+    del described["commit_seconds"], described["seed"]
     described["dtype"] = str(model.dtype).removeprefix("torch.")
     sites = tuple(SiteRecord(site.name, site.layer, d.id, d.d_in, d.d_sae) for site, d in dictionaries.items())
     identity = {"model": model.key, "sites": [asdict(site) for site in sites], "corpus": corpus.hash, "basis": basis, "options": described}

@@ -132,13 +132,13 @@ class NodeBaseline:
 
 
 class StatisticsStore:
-    """Opens, or creates, a statistics store; a context manager. `path` is its file, or the folder of an atlas.
+    """Opens, or creates, a statistics store; a context manager. `path` is its file (`*.duckdb`), or the folder of an atlas, which is made.
 
     Raises `NotAStatisticsStore`, `NewerStatisticsStore`, `OlderStatisticsStore` (read_only) and `StatisticsStoreHeld`.
     """
 
     def __init__(self, path: str | Path, *, read_only: bool = False, steps: Sequence[Migration] | None = None) -> None:
-        self.path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        self.path = _file(Path(path), read_only)
         self._connection = _connect(self.path, read_only)
         try:
             self._migrate(tuple(steps) if steps is not None else migrations(), read_only)
@@ -428,6 +428,14 @@ class StatisticsStore:
 
 def _now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _file(path: Path, read_only: bool) -> Path:
+    if path.is_file() or path.suffix == Path(FILE_NAME).suffix:
+        return path
+    if not read_only:
+        path.mkdir(parents=True, exist_ok=True)
+    return path / FILE_NAME
 
 
 def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:

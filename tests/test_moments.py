@@ -135,6 +135,18 @@ def test_second_moments_cover_every_token(density, monkeypatch):
     np.testing.assert_allclose(sums.numpy(), full[:, live].T @ full[:, live], rtol=1e-12, atol=1e-9)
 
 
+def test_dense_nodes_are_not_collected_beyond_a_bound(monkeypatch):
+    monkeypatch.setattr("featlas.ingest.moments.FLUSH_ENTRIES", 20)
+    nodes, errors, tokens = sample(7, density=1.0)
+    second = SecondMoments(D_SAE, LiveRule(rows=10_000, min_frequency=0.5))
+    for batch, _ in batches(nodes, errors, tokens):
+        second.add(batch)
+        assert second.pending == []  # every batch has more than 20 entries
+    live, sums = second.flush()
+    full = with_error(nodes, errors)[:, live]
+    np.testing.assert_allclose(sums.numpy(), full.T @ full, rtol=1e-12, atol=1e-9)
+
+
 def test_a_short_corpus_chooses_its_live_features_at_the_end():
     nodes, errors, tokens = sample(3)
     second = SecondMoments(D_SAE, LiveRule(rows=10_000))

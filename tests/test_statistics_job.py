@@ -3,7 +3,6 @@
 import multiprocessing
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -18,7 +17,7 @@ from featlas.ingest.statistics import (
     StateDoesNotFit,
     StatisticsOptions,
     activation_measure,
-    attribution_measure,
+    measure_attributions,
     measure_statistics,
     pair_corpus,
     plan_run,
@@ -195,8 +194,8 @@ def test_baselines_by_position(whole, model, dictionaries, corpus):
 
 def pairs(n: int = 5) -> list[Pair]:
     """Pairs of two lengths that differ in their second word."""
-    tail = lambda i: " w3" * (1 + i % 2)
-    return [Pair(clean=f"w1 w{10 + i} w2{tail(i)}", corrupt=f"w1 w{20 + i} w2{tail(i)}", answer=" w5", wrong_answer=" w6", task="t") for i in range(n)]
+    text = lambda word, i: f"w1 w{word + i} w2" + " w3" * (1 + i % 2)
+    return [Pair(clean=text(10, i), corrupt=text(20, i), answer=" w5", wrong_answer=" w6", task="t") for i in range(n)]
 
 
 def test_a_task_measures_both_sides_and_names_its_pairs(store, model, dictionaries):
@@ -220,9 +219,7 @@ def test_a_task_measures_both_sides_and_names_its_pairs(store, model, dictionari
 def test_attributions_feed_the_same_records(store, model, dictionaries):
     binding, settings = bind(model), EdgeSettings()
     corpus = pair_corpus("t", pairs(), model.tokenizer, OPTIONS, clean_only=True)
-    measure = attribution_measure(binding, dictionaries, settings)
-    arguments = {"metric": settings.metric, "baseline": settings.baseline}
-    record = measure_statistics(store, model, dictionaries, corpus, OPTIONS, basis="attribution", measure=measure, arguments=arguments)
+    record = measure_attributions(store, model, dictionaries, corpus, OPTIONS, settings)
     rows = {site: [] for site in dictionaries}
     for batch in corpus.batches():
         prepared = prepare(binding, dictionaries, batch.pairs, settings)
@@ -239,15 +236,14 @@ def test_attributions_feed_the_same_records(store, model, dictionaries):
         np.testing.assert_allclose(frame["mean"].to_numpy(), full.mean(0), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(frame["variance"].to_numpy(), full.var(0), rtol=1e-4, atol=1e-7)
     assert store.query("SELECT count(*) FROM error_means").item() == 0
-    assert record.arguments["metric"] == "logit_diff"
+    assert (record.arguments["metric"], record.arguments["node_baseline"]) == ("logit_diff", "counterfactual")
     with pytest.raises(UserError, match="is over attributions"):
         store.baseline_means(record.run, "resid_1")
 
 
 def test_attributions_of_a_text_are_refused(store, model, dictionaries, corpus):
-    measure = attribution_measure(bind(model), dictionaries, EdgeSettings())
     with pytest.raises(BadStatisticsOptions, match="give a task"):
-        measure_statistics(store, model, dictionaries, corpus, OPTIONS, basis="attribution", measure=measure)
+        measure_attributions(store, model, dictionaries, corpus, OPTIONS, EdgeSettings())
     with pytest.raises(BadStatisticsOptions, match="'attribution' needs"):
         measure_statistics(store, model, dictionaries, corpus, OPTIONS, basis="attribution")
 
@@ -356,7 +352,7 @@ def test_a_state_that_does_not_fit_is_refused(store, model, dictionaries, corpus
 
 def test_the_key_names_what_was_measured(model, dictionaries, corpus):
     key = lambda **changes: plan_run(model, dictionaries, corpus, replace(OPTIONS, **changes)).run
-    assert key() == key(commit_seconds=99.0)
+    assert key() == key(commit_seconds=99.0) == key(seed=7)
     keys = [key(), key(n_contexts=4), key(min_frequency=0.2), key(batch_size=2), key(by_position=False)]
     keys.append(plan_run(model, {RESID: dictionaries[RESID]}, corpus, OPTIONS).run)
     keys.append(plan_run(model, dictionaries, replace(corpus, hash="x"), OPTIONS).run)
@@ -449,7 +445,3 @@ def test_nodes_on_half_precision_are_summed_in_float64():
     nodes = torch.full((4096, 1), 0.1, dtype=torch.bfloat16)
     sparse = SparseNodes.of(nodes, torch.zeros(4096, 2, dtype=torch.bfloat16))
     assert Moments.of(sparse).mean[0].item() == pytest.approx(nodes[0].double().item(), rel=1e-12)
-
-
-def test_the_store_is_a_path(tmp_path):
-    assert StatisticsStore(Path(tmp_path)).path.name == "statistics.duckdb"

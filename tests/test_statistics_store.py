@@ -82,8 +82,12 @@ def test_a_new_file_has_every_table_and_the_latest_version(store):
 
 
 def test_an_atlas_folder_names_its_file(tmp_path):
-    with StatisticsStore(tmp_path) as store:
-        assert store.path == tmp_path / "statistics.duckdb"
+    atlas = tmp_path / "new" / "atlas"
+    with pytest.raises(NotAStatisticsStore, match=r"no statistics store at .*atlas/statistics\.duckdb"):
+        StatisticsStore(atlas, read_only=True)
+    with StatisticsStore(atlas) as store:
+        assert store.path == atlas / "statistics.duckdb"
+    assert StatisticsStore(str(atlas), read_only=True).path == store.path
 
 
 def test_opening_again_changes_nothing(path):
