@@ -339,7 +339,7 @@ def _fit(site: Site, work: Path, options: TrainingOptions, device: torch.device,
     scale = float(math.sqrt(sample.shape[1]) / sample.norm(dim=-1).mean())
     samples = options.epochs * _count_rows(shards, site.name)
     steps = max(1, samples // options.batch)
-    sae = _new_sae(options, sample.shape[1], str(device))
+    sae = _new_sae(options, options.basis(site), sample.shape[1], str(device))
     with torch.no_grad():
         sae.b_dec.copy_(scale * sample.mean(0))
     trainer = SAETrainer(cfg=_trainer_config(options, steps, str(device)), sae=sae, data_provider=_batches(shards, site, options, scale))
@@ -392,9 +392,11 @@ def _trainer_config(options: TrainingOptions, steps: int, device: str) -> SAETra
     )
 
 
-def _new_sae(options: TrainingOptions, d_in: int, device: str) -> Any:
+def _new_sae(options: TrainingOptions, basis: Basis, d_in: int, device: str) -> Any:
     """A training SAE of sae_lens of the chosen architecture, freshly initialised."""
     common: dict[str, Any] = {"d_in": d_in, "d_sae": options.width, "device": device, "normalize_activations": "none"}
+    if basis is Basis.HEADS:
+        common["reshape_activations"] = "hook_z"  # for sae_lens's own use later: in training both of us flatten the heads
     match options.architecture:
         case Architecture.STANDARD:
             return StandardTrainingSAE(StandardTrainingSAEConfig(**common, l1_coefficient=options.sparsity))
