@@ -231,7 +231,8 @@ def attributes_frame(edges: pl.DataFrame) -> pl.DataFrame:
     identity = ["source", "target", "src_pos", "dest_pos"]
     doubled = frame.filter(frame.select(identity).is_duplicated())
     if doubled.height:
-        raise RowsRejected(f"ATTRIBUTES rows: the edge {doubled.row(0)[:4]} (source, target, src_pos, dest_pos) is there twice in one sequence")
+        edge = doubled.select(identity).row(0)
+        raise RowsRejected(f"ATTRIBUTES rows: the edge {edge} (source, target, src_pos, dest_pos) is there twice in one sequence")
     return frame.select(list(columns))
 
 

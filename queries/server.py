@@ -17,7 +17,7 @@ from typing import Any, LiteralString, cast
 
 import neo4j
 import polars as pl
-from neo4j.exceptions import AuthError, ClientError, ConfigurationError, DriverError, Neo4jError, ServiceUnavailable
+from neo4j.exceptions import AuthError, ClientError, ConfigurationError, ConstraintError, DriverError, Neo4jError, ServiceUnavailable
 from neo4j.graph import Node, Path, Relationship
 
 from ..errors import FeatlasError
@@ -94,8 +94,16 @@ class Neo4jStore(GraphStore):
                     session.execute_write(_write_edges, text, part)
 
     def commit_sequences(self, commits: Sequence[SequenceCommit]) -> int:
+        def work(tx: neo4j.ManagedTransaction) -> int:
+            return sum(_commit(tx, commit) for commit in commits)
+
         with self._writing() as session:
-            return session.execute_write(lambda tx: sum(_commit(tx, commit) for commit in commits))
+            for _ in commits:
+                try:
+                    return session.execute_write(work)
+                except ConstraintError:
+                    log.info("another writer has committed one of these sequences meanwhile: trying again without it")
+            return session.execute_write(work)
 
     def query(self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False) -> pl.DataFrame:
         if write and self.read_only:
@@ -318,13 +326,13 @@ def _commit(tx: neo4j.ManagedTransaction, commit: SequenceCommit) -> bool:
         raise UnknownEndpoint("ON_SEQUENCE", missing, len(missing))
     if marked:
         return False
+    # The mark comes first and its key is unique on the server: another writer of the same sequence waits here, and then fails.
+    text = "MATCH (r:Run {key: $run}) MATCH (s:Sequence {key: $sequence}) CREATE (r)-[m:ON_SEQUENCE]->(s) SET m = $mark"
+    _run(tx, text, {**ends, "mark": commit.stored_mark()}).consume()
     edge = EDGES["ATTRIBUTES"]
     edges = commit.stored_edges().with_columns(run=pl.lit(commit.run), sequence=pl.lit(commit.sequence))
     for _, own in _by_ends(tx, edge, edges):
         _write_edges(tx, _edges_text(edge, "Feature", "Feature", "CREATE", list(edge.columns)), own)
-    # The mark's key is unique on the server: of two writers of one sequence the later one fails here, and its retry finds the mark.
-    text = "MATCH (r:Run {key: $run}) MATCH (s:Sequence {key: $sequence}) CREATE (r)-[m:ON_SEQUENCE]->(s) SET m = $mark"
-    _run(tx, text, {**ends, "mark": commit.stored_mark()}).consume()
     return True
 
 

@@ -30,9 +30,11 @@ def features(rng: np.random.Generator) -> pl.DataFrame:
             rows.append({
                 "key": feature_key("tiny@1", "identity", f"resid_{layer}", index), "model": "tiny@1", "dictionary": "identity",
                 "site": f"resid_{layer}", "layer": layer, "kind": "error" if error else "feature", "index": -1 if error else index,
-                "label": None if rng.random() < 0.3 else f"läbel {rng.integers(4)} of {TASKS[2]}", "frequency": None if error else rng.integers(64) / 64,
+                "label": None if rng.random() < 0.3 else f"läbel {rng.integers(4)} of {TASKS[2]}",
+                "frequency": None if error else rng.integers(64) / 64,
             })
-    output = {"key": output_key("tiny@1", "logit_diff"), "model": "tiny@1", "dictionary": "-", "site": "y", "layer": -1, "kind": "output", "index": -1}
+    key = output_key("tiny@1", "logit_diff")
+    output = {"key": key, "model": "tiny@1", "dictionary": "-", "site": "y", "layer": -1, "kind": "output", "index": -1}
     return pl.DataFrame([*rows, output], infer_schema_length=None)
 
 
@@ -82,7 +84,9 @@ def fill(store: GraphStore, seed: int) -> None:
 
 
 @pytest.fixture(scope="module", params=[0, 1])
-def stores(request: pytest.FixtureRequest, neo4j_server: Neo4jTestServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GraphStore, GraphStore]]:
+def stores(
+    request: pytest.FixtureRequest, neo4j_server: Neo4jTestServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[GraphStore, GraphStore]]:
     neo4j_server.wipe()
     credentials = ServerCredentials(neo4j_server.username, neo4j_server.password)
     path = tmp_path_factory.mktemp("agree") / "graph.lbug"
@@ -94,8 +98,8 @@ def stores(request: pytest.FixtureRequest, neo4j_server: Neo4jTestServer, tmp_pa
 
 def arguments(query: NamedQuery) -> dict[str, object]:
     known: dict[str, object] = {
-        "run": "r1", "feature": feature_key("tiny@1", "identity", "resid_1", 2), "task": TASKS[0], "other_task": TASKS[2], "circuit": "c", "site": "resid_0",
-        "sequence": "s1", "position": -1, "least": 1 / 64, "text": "läbel 1", "limit": 7,
+        "run": "r1", "feature": feature_key("tiny@1", "identity", "resid_1", 2), "circuit": "c", "site": "resid_0",
+        "task": TASKS[0], "other_task": TASKS[2], "sequence": "s1", "position": -1, "least": 1 / 64, "text": "läbel 1", "limit": 7,
     }
     return {parameter.name: known[parameter.name] for parameter in query.parameters if parameter.name in known}
 
