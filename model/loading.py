@@ -217,13 +217,15 @@ def _hub_source(name: str, revision: str | None) -> ModelSource:
     """Downloads configuration, tokenizer and safetensors weights of a Hugging Face name, or finds them in the hub's cache."""
     way_out = f"check the name, or give a local folder, a .gguf file or {SMOLLM2!r}"
     try:
-        folder = Path(snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-            # Sub-folders hold other formats; "consolidated" is a second copy of the weights in another layout.
-            ignore_patterns=["*/*", "consolidated*"],
-        ))
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                # Sub-folders hold other formats; "consolidated" is a second copy of the weights in another layout.
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        )
     except hub_errors.GatedRepoError:
         raise NoSuchModel(f"model {name!r} is gated on the Hugging Face hub: accept its terms there and log in by `hf auth login`") from None
     except hub_errors.RevisionNotFoundError:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .loading import LoadedModel
 from .metrics import Metric, evaluate
-from .pairs import Pair, PairBatch, batches
+from .pairs import NoPairs, Pair, PairBatch, batches
 
 CHECK_SCHEMA = {
     "task": pl.String,
@@ -30,6 +30,8 @@ def check_task(model: LoadedModel, pairs: Sequence[Pair], *, batch_size: int = 3
     `corrupt_logit_diff` are means of answer minus wrong answer, `flipped` is the share that is positive on the clean prompt and
     negative on the corrupt one, `first` the share whose answer is the likeliest of the whole vocabulary. Schema: `CHECK_SCHEMA`.
     """
+    if not pairs:
+        raise NoPairs("there are no pairs to check the model on")
     measured = pl.concat([_measure(model, batch) for batch in batches(pairs, model.tokenizer, batch_size=batch_size)])
     position = {pair.key: i for i, pair in enumerate(pairs)}
     measured = measured.sort(pl.col("key").replace_strict(position, return_dtype=pl.Int64))
@@ -54,14 +56,16 @@ def _measure(model: LoadedModel, batch: PairBatch) -> pl.DataFrame:
     on = batch.to(model.device)
     clean, corrupt = _last_logits(model.module, on.clean), _last_logits(model.module, on.corrupt)  # (batch, vocab)
     difference = lambda logits: evaluate(Metric.LOGIT_DIFF, logits, on.answer, on.wrong_answer).double().tolist()
-    return pl.DataFrame({
-        "key": [pair.key for pair in batch.pairs],
-        "task": [pair.task for pair in batch.pairs],
-        "label": pl.Series([pair.label for pair in batch.pairs], dtype=pl.String),
-        "clean": difference(clean),
-        "corrupt": difference(corrupt),
-        "first": evaluate(Metric.ACCURACY, clean, on.answer, on.wrong_answer).double().tolist(),
-    })
+    return pl.DataFrame(
+        {
+            "key": [pair.key for pair in batch.pairs],
+            "task": [pair.task for pair in batch.pairs],
+            "label": pl.Series([pair.label for pair in batch.pairs], dtype=pl.String),
+            "clean": difference(clean),
+            "corrupt": difference(corrupt),
+            "first": evaluate(Metric.ACCURACY, clean, on.answer, on.wrong_answer).double().tolist(),
+        }
+    )
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ _NUMBERS = (("singular", 0), ("plural", 1))
 
 
 def agreement(vocabulary: Vocabulary) -> Spaces:
+    """An adjective, a noun and the verb, after one of a few openings; by the noun's number."""
     nouns = vocabulary.single_forms(words.PEOPLE + words.THINGS)
     slots = (_OPENINGS, vocabulary.single(words.ADJECTIVES), nouns, vocabulary.single_forms(words.COPULAS))
 
@@ -60,6 +61,7 @@ def agreement(vocabulary: Vocabulary) -> Spaces:
 
 
 def agreement_rc(vocabulary: Vocabulary) -> Spaces:
+    """A person, a clause about what another does to them, and the verb; by the first person's number. The other is as often of another number."""
     people = vocabulary.single_forms(words.PEOPLE)
     slots = (people, people, (0, 1), vocabulary.single_forms(words.RELATIONS), vocabulary.single_forms(words.COPULAS))
 
@@ -86,6 +88,7 @@ _GIVING = (
 
 
 def ioi(vocabulary: Vocabulary) -> Spaces:
+    """Two names, one of whom gives something to the other; by which of them is named first."""
     names = vocabulary.single(words.FEMALE_NAMES + words.MALE_NAMES)
     slots = (_GIVING, names, names, vocabulary.single(words.PLACES), vocabulary.single(words.GIFTS))
 
@@ -112,6 +115,7 @@ _ABOUT_ONE = (
 
 
 def pronoun(vocabulary: Vocabulary) -> Spaces:
+    """A sentence about somebody that goes on with a pronoun; by gender."""
     female, male = vocabulary.single(words.FEMALE_NAMES), vocabulary.single(words.MALE_NAMES)
 
     def space(label: str, names: Sequence[str], others: Sequence[str], answer: str, wrong: str) -> Space:
@@ -124,6 +128,7 @@ def pronoun(vocabulary: Vocabulary) -> Spaces:
 
 
 def profession_gender(vocabulary: Vocabulary) -> Spaces:
+    """What somebody did, then their profession, gender unchanged; by gender and profession."""
     names = {"female": vocabulary.single(words.FEMALE_NAMES), "male": vocabulary.single(words.MALE_NAMES)}
     professions = vocabulary.single(words.BIOGRAPHIES)
 
@@ -200,39 +205,38 @@ def _by_word(events: Sequence[str], numbers: Sequence[str]) -> Spaces:
     return {"words": Space((events, counts), make)}
 
 
-# Small models need to be shown the form; no expression below has as few literals as these.
+# Small models need to be shown the form; no expression below has as few literals as these, so that none is answered here.
 _SHOWN = "True and False == False\nTrue or False == True\nnot True == False\nnot False == True\n"
-_LITERALS = tuple((negated, value) for negated in (False, True) for value in (True, False))
+_N_LITERALS = (3, 4, 5, 6)
 
 
 def boolean(vocabulary: Vocabulary) -> Spaces:
-    """Three to five literals; the corrupt expression has one of them the other way round, which changes the value."""
+    """Three to six literals; the corrupt expression has one of them the other way round, which changes the value."""
     del vocabulary  # True, False and the operators are the same for every tokenizer; pairs are checked one by one
 
     def space(label: str, value: bool, n: int) -> Space:
         def make(*choice: Any) -> Pair | None:
             literals, operators, flipped = choice[:n], choice[n:-1], choice[-1]
-            others = tuple((negated, v ^ (i == flipped)) for i, (negated, v) in enumerate(literals))
+            others = tuple(literal ^ (i == flipped) for i, literal in enumerate(literals))
             if _value(literals, operators) != value or _value(others, operators) == value:
                 return None
             clean, corrupt = (f"{_SHOWN}{_expression(x, operators)} ==" for x in (literals, others))
             return Pair(clean, corrupt, f" {value}", f" {not value}", "boolean", label)
 
-        return Space((_LITERALS,) * n + (("and", "or"),) * (n - 1) + (range(n),), make)
+        return Space(((True, False),) * n + (("and", "or"),) * (n - 1) + (range(n),), make)
 
-    return {f"{value} of {n}": space(f"{value} of {n}", value, n) for n in (3, 4, 5) for value in (True, False)}
-
-
-def _expression(literals: Sequence[tuple[bool, bool]], operators: Sequence[str]) -> str:
-    spelt = [f"not {value}" if negated else str(value) for negated, value in literals]
-    return " ".join(part for pair in zip(spelt, (*operators, "")) for part in pair).rstrip()
+    return {f"{value} of {n}": space(f"{value} of {n}", value, n) for n in _N_LITERALS for value in (True, False)}
 
 
-def _value(literals: Sequence[tuple[bool, bool]], operators: Sequence[str]) -> bool:
+def _expression(literals: Sequence[bool], operators: Sequence[str]) -> str:
+    return " ".join(part for literal, operator in zip(literals, (*operators, "")) for part in (str(literal), operator)).rstrip()
+
+
+def _value(literals: Sequence[bool], operators: Sequence[str]) -> bool:
     """What Python makes of the expression: `and` binds closer than `or`."""
     conjunctions = [True]
-    for (negated, value), operator in zip(literals, ("and", *operators)):
+    for literal, operator in zip(literals, ("and", *operators)):
         if operator == "or":
             conjunctions.append(True)
-        conjunctions[-1] &= value ^ negated
+        conjunctions[-1] &= literal
     return any(conjunctions)

@@ -81,9 +81,9 @@ TASKS: dict[str, Task] = {task.name: task for task in (
     ),
     Task(
         "boolean",
-        "value of an expression: 'True and not False or False ==' True",
-        "The value of three to five literals joined by and, or and not, after four solved examples. One literal is the other way round "
-        "in the corrupt prompt and changes the value. Labels: the value and the number of literals. Small models do not solve it.",
+        "value of an expression: 'True and False or True ==' True",
+        "The value of three to six literals joined by and and or, after four solved examples. One literal is the other way round "
+        "in the corrupt prompt and changes the value. Labels: the value and the number of literals. Small models are not far above chance.",
         task_templates.boolean,
     ),
     Task(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from featlas.model.loading import LoadedModel, load_model, wrap_model
 from featlas.model.solvability import CHECK_SCHEMA, check_task
-from featlas.model.tasks import Pair, build_task
+from featlas.model.tasks import NoPairs, Pair, build_task
 
 from .micro import FAMILIES, tiny_module, word_tokenizer
 
@@ -46,6 +46,11 @@ def test_by_hand() -> None:
     assert [row[:3] for row in frame.rows()] == [row[:3] for row in expected]
     for row, numbers in zip(frame.rows(), expected, strict=True):
         assert row[3:] == pytest.approx(numbers[3:], abs=1e-4)
+
+
+def test_no_pairs() -> None:
+    with pytest.raises(NoPairs):
+        check_task(last_word_model(), [])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
