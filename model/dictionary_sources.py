@@ -35,7 +35,7 @@ from .dictionaries import (
     per_head_linear,
 )
 from .loading import DTYPES, SMOLLM2, LoadedModel
-from .sites import EMBED, Basis, Site, SiteGraph, SiteKind, UnknownSite, parse_site
+from .sites import EMBED, OUTPUT, Basis, Site, SiteGraph, SiteKind, UnknownSite, parse_site
 
 IDENTITY, DEMO = "identity", "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo_dictionaries"
@@ -127,6 +127,10 @@ def load_dictionaries(
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
     wanted = None if sites is None else tuple(sites)
+    if wanted and OUTPUT in wanted:
+        raise MissingDictionary(
+            f"{spec} has no dictionary for y: the output is a number, and a dictionary belongs to embed, attn_L, mlp_L or resid_L"
+        )
     found = _find(spec, model, wanted)
     missing = [site for site in wanted or () if site not in found]
     if missing:

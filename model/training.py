@@ -320,7 +320,7 @@ def without_outliers(rows: Tensor) -> Tensor:
 def train_site(model: LoadedModel, site: Site, work: Path, folder: Path, options: TrainingOptions, report: Report) -> TrainedSite:
     """Train the dictionary of one site on the shards in `work` and save it; the global random state is left as it was."""
     begin = time.monotonic()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(_site_seed(options.seed, site))
         sae, steps = _fit(site, work, options, model.device, report)
     sae.cfg.metadata = _metadata(model, site, options, sae.cfg.metadata)

@@ -27,7 +27,7 @@ from featlas.model.dictionary_sources import (
     site_of_hook,
 )
 from featlas.model.loading import LoadedModel, load_model
-from featlas.model.sites import EMBED, Site, SiteKind, UnknownSite, parse_site
+from featlas.model.sites import EMBED, OUTPUT, Site, SiteKind, UnknownSite, parse_site
 from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY
@@ -105,6 +105,8 @@ def test_a_missing_site_names_what_there_is(tmp_path: Path, model: LoadedModel) 
     save_sae(tmp_path / "resid_1")
     with pytest.raises(MissingDictionary, match=r"no dictionary for attn_0, mlp_1: it has resid_1"):
         load_dictionaries(str(tmp_path), model, sites=[parse_site("attn_0"), parse_site("mlp_1")])
+    with pytest.raises(MissingDictionary, match="no dictionary for y: the output is a number"):
+        load_dictionaries("identity", model, sites=[OUTPUT])
     with pytest.raises(MissingDictionary, match="no dictionary for embed"):
         load_dictionaries(str(tmp_path), model)[EMBED]
 
