@@ -1,11 +1,14 @@
 """The command as a user meets it: help at once, one line for a mistake, exit codes, JSON for machines."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -19,11 +22,21 @@ from .layered_circuit import layered_circuit
 FEATLAS = Path(sys.executable).parent / "featlas"
 
 
-def featlas(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own, without the surroundings' settings."""
+def installed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The installed command in a process of its own."""
+    return subprocess.run([str(FEATLAS), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+
+
+def featlas(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which has the heavy imports behind it, without the surroundings' settings."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("FEATLAS_", "NEO4J_"))}
-    line = [str(FEATLAS), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=clean | environment, timeout=300, check=False)
+    line, out, err = ["featlas", *map(str, arguments)], io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, clean | environment, clear=True), mock.patch.object(sys, "argv", line),
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left,
+    ):  # fmt: skip
+        cli.main()
+    return subprocess.CompletedProcess(line, int(left.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def all_commands() -> list[tuple[str, ...]]:
@@ -46,7 +59,7 @@ def test_help_answers_within_a_second() -> None:
     best = 10.0
     for _ in range(3):
         started = time.monotonic()
-        assert featlas("--help").returncode == 0
+        assert installed("--help").returncode == 0
         best = min(best, time.monotonic() - started)
     assert best < 1.0
 
@@ -86,7 +99,8 @@ def mistake(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    mistake(featlas("nonsense"), 2, "nonsense")
+    mistake(installed("nonsense"), 2, "nonsense")
+    mistake(installed("query", "runs", "--atlas", tmp_path / "none"), 2, "none", "featlas demo")
     mistake(featlas("ingest", "edges", "--metric", "brilliance"), 2, "--metric", "brilliance")
     mistake(featlas("query", "runs", "--atlas", tmp_path / "none"), 2, "none", "featlas demo")
     mistake(featlas("analyze", "circuit", "--atlas", tmp_path / "none"), 2, "no graph in", "--atlas")
