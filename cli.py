@@ -433,7 +433,7 @@ def ingest_statistics_command(
     graph: Graph = None,
     as_json: Json = False,
 ) -> None:
-    """Per feature: count, frequency, moments and strongest contexts, into the statistics store; frequencies onto the graph's features too."""
+    """Per feature: count, frequency, moments and strongest contexts, into the statistics store; frequencies and names onto the graph's features."""
     from .ingest.statistics import StatisticsOptions, measure_statistics, pair_corpus, text_corpus
     from .queries.statistics import StatisticsStore
 
@@ -665,7 +665,7 @@ def demo_command(
     """The whole pipeline on SmolLM2-135M: tasks it solves, statistics, edges, circuit, findings, and an HTML page."""
     from .demo import DemoOptions, run_demo
 
-    run_demo(DemoOptions(atlas=atlas, graph=graph, output=output, limit=min(limit, 8) if fast else limit, seed=seed))
+    run_demo(DemoOptions(atlas=atlas, graph=graph, output=output, limit=min(limit, 4) if fast else limit, seed=seed))
 
 
 # --- neo4j -----------------------------------------------------------------------------------------------------------

@@ -28,12 +28,12 @@ from .queries.store import open_graph
 from .queries.subgraphs import find_run
 
 MODEL, DICTIONARIES = "smollm2", "demo"
-CANDIDATES = ("agreement", "agreement_rc", "ioi", "pronoun", "profession_gender", "greater_than", "boolean")
+CANDIDATES = ("agreement", "agreement_rc", "pronoun", "ioi", "boolean")
 SOLVED = 0.8  # accuracy below which a task says little about how the model solves it
-CHECK_PAIRS = 16
-STATISTICS_TEXTS = 4  # pairs for the statistics, for each pair whose edges are measured
-EDGE_THRESHOLD = 0.01  # in logits, on single-position edges
-CIRCUIT_EDGES = 300
+CHECK_PAIRS = 12
+STATISTICS_TEXTS = 3  # pairs for the statistics, for each pair whose edges are measured
+EDGE_THRESHOLD = 0.02  # in logits, on single-position edges
+CIRCUIT_EDGES = 600
 
 
 class NothingSolved(UserError):
@@ -89,7 +89,7 @@ def choose_tasks(model: LoadedModel, options: DemoOptions) -> list[str]:
 
 
 def measure(model: LoadedModel, dictionaries: SiteDictionaries, task: str, options: DemoOptions) -> RunSummary:
-    """Statistics into the statistics store, edges into the graph, frequencies onto the graph's features."""
+    """Statistics into the statistics store, edges into the graph, frequencies and names onto the graph's features."""
     console.heading(f"3. Measuring {options.limit} pairs of {task}")
     # More texts than edges: a feature is named by its strongest contexts. Position 0 is a massive activation that says nothing.
     pairs = build_task(task, model.tokenizer, n=options.limit * STATISTICS_TEXTS, seed=options.seed)

@@ -52,12 +52,19 @@ def strongest_contexts(statistics: StatisticsStore, run: str, keys: Collection[s
 
 
 def annotate(store: GraphStore, statistics: StatisticsStore, run: str) -> int:
-    """Write `frequency`, `mean_activation` and `statistics_run` of a finished statistics run to the features that the graph has; how many."""
-    properties = statistics.feature_properties(run)
-    present = model_features(store, statistics.run(run).model).select("key")
-    rows = properties.join(present, on="key", how="semi")
-    if rows.height:
-        store.merge_nodes("Feature", rows)
+    """Write what a finished statistics run says of the features that the graph has; how many nodes it says something of.
+
+    `frequency`, `mean_activation` and `statistics_run`; and as the label of a feature that has none, its most telling tokens.
+    """
+    present = model_features(store, statistics.run(run).model)
+    rows = statistics.feature_properties(run).join(present.select("key"), on="key", how="semi")
+    if rows.is_empty():
+        return 0
+    store.merge_nodes("Feature", rows)
+    unnamed = present.filter(pl.col("label").is_null() & (pl.col("kind") == "feature")).join(rows.select("key"), on="key", how="semi")
+    notes = feature_notes(unnamed, strongest_contexts(statistics, run, unnamed["key"].to_list())).filter(pl.col("tokens").list.len() > 0)
+    if notes.height:
+        store.merge_nodes("Feature", notes.select("key", pl.col("name").alias("label")))
     return rows.height
 
 

@@ -25,8 +25,11 @@ RAISES, LOWERS, FEATURE, ERROR, OUTPUT = "#2166ac", "#b2182b", "#3b7d6e", "#a9a9
 _INK, _PALE, _FONT = "#24292f", "#e7eaee", "Helvetica, Arial, DejaVu Sans, sans-serif"
 _WIDTH_CLASSES = 6  # plotly has one width per trace, so widths come in steps
 _CURVE_POINTS = 15
+_CHARACTER_PIXELS = 6.2
 _PIXELS = 1040  # width of the drawing area, to know which names fit
 _ROW_PIXELS = 104
+_CROWDED = 24  # nodes in a row from which on they stand in zigzag
+_STAGGER = 0.16  # of a row's height
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def lay_out(circuit: Circuit) -> Drawing:
     x = _positioned(nodes["pos"].to_numpy(), row) if positions else _uncrossed(row, source, target, edges["strength"].to_numpy())
     y = row.astype(np.float64)
     if not positions:
-        y += _stagger(row, x)
+        y += _stagger(row, x, nodes["influence"].to_numpy())
     ends = {"x0": x[source], "y0": y[source], "x1": x[target], "y1": y[target]}
     placed = nodes.with_columns(pl.Series("x", x), pl.Series("y", y))
     return Drawing(placed, edges.with_columns([pl.Series(name, values) for name, values in ends.items()]), sites, positions)
@@ -83,13 +86,15 @@ def _uncrossed(row: np.ndarray, source: np.ndarray, target: np.ndarray, strength
     return x
 
 
-def _stagger(row: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Offsets in y (n,) that zigzag crowded rows, so that neighbouring nodes do not touch."""
+def _stagger(row: np.ndarray, x: np.ndarray, influence: np.ndarray) -> np.ndarray:
+    """Offsets in y (n,) for rows of more than 24 nodes: of three neighbours the most influential stands lowest, where its name has room."""
     offset = np.zeros(len(row))
     for r in np.unique(row):
         inside = np.flatnonzero(row == r)
-        if len(inside) > 24:
-            offset[inside[np.argsort(x[inside])]] = 0.16 * (np.arange(len(inside)) % 3 - 1)
+        if len(inside) > _CROWDED:
+            ordered = inside[np.argsort(x[inside])]
+            by_triple = np.lexsort((-influence[ordered], np.arange(len(ordered)) // 3))
+            offset[ordered[by_triple]] = _STAGGER * (np.arange(len(ordered)) % 3 - 1)
     return offset
 
 
@@ -278,23 +283,35 @@ def _node_traces(nodes: pl.DataFrame, circuit: Circuit, notes: pl.DataFrame) -> 
 
 
 def _labels(nodes: pl.DataFrame, span: float) -> list[dict[str, object]]:
-    """Names under the most influential features of each row, where they do not run into one another."""
-    placed: dict[float, list[tuple[float, float]]] = {}
+    """Names under the most influential features of each row, where they do not run into one another; in crowded rows under the lowest only."""
+    placed: dict[str, list[tuple[float, float]]] = {}
     labels: list[dict[str, object]] = []
+    counts = dict(nodes.group_by("site").len().iter_rows())
     rows = nodes.filter(pl.col("kind") != "error").sort(["influence", "key"], descending=[True, False])
     for site, key, name, x, y, influence in rows.select("site", "key", "name", "x", "y", "influence").iter_rows():
-        text = readable(str(name or key), 22)
-        half = (len(text) * 6.4 / 2 + 7) / _PIXELS * span * 1.1
+        crowded = counts[site] > _CROWDED and span == 1
+        if crowded and round(y) - y < _STAGGER / 2:
+            continue
+        room = _PIXELS / counts[site] * (3 if crowded else 1) / _CHARACTER_PIXELS
+        text = _shortened(str(name or key), int(min(max(room, 9), 24)))
+        half = (len(text) * _CHARACTER_PIXELS / 2 + 3) / _PIXELS * span * 1.12
         taken = placed.setdefault(site, [])
         if any(abs(x - other) < half + width for other, width in taken):
             continue
         taken.append((x, half))
-        shift = -(8 + 11 * influence**0.5 + 8)
         labels.append({
-            "x": x, "y": y, "text": html.escape(text), "showarrow": False, "yshift": shift, "font": {"size": 11.5},
-            "bgcolor": "rgba(255,255,255,0.78)", "borderpad": 1,
+            "x": x, "y": y, "text": html.escape(text), "showarrow": False, "yshift": -(16 + 11 * influence**0.5), "font": {"size": 11.5},
+            "bgcolor": "rgba(255,255,255,0.72)", "borderpad": 1,
         })
     return labels
+
+
+def _shortened(name: str, width: int) -> str:
+    """As many of a name's tokens as fit, at least the first, cut where it must be."""
+    whole = readable(name, 80)
+    while len(whole) > width and ", " in whole:
+        whole = whole.rpartition(", ")[0]
+    return readable(whole, width)
 
 
 def flow_figure(summary: pl.DataFrame) -> go.Figure:

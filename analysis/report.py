@@ -174,7 +174,7 @@ def gather(store: GraphStore, statistics: StatisticsStore | None, run: RunRow, c
     settings += [("statistics", f"{measured.run}: {measured.tokens:,} tokens of {measured.corpus}")] if measured is not None else []
     metric = run.metric.replace("_", " ")
     return Report(
-        title=f"{run.model.split('@')[0]}: {run.task}", subtitle=f"effects on the {metric}, run {run.key}", circuit=circuit,
+        title=f"{run.model.partition('@')[0]}: {run.task.replace('+', ' + ')}", subtitle=f"effects on the {metric}, run {run.key}", circuit=circuit,
         notes=feature_notes(features, contexts, output=metric), paths=strongest_paths(circuit, options.n_paths, rule=options.rule), rule=options.rule,
         settings=settings, tasks=task_summary(run_sequences(store, run.key), run.metric), commands=options.commands, max_edges=options.max_edges,
         n_features=options.n_features,
