@@ -6,6 +6,10 @@ How it is written and read fast:
    name them by position. A sequence's edges and its mark are one managed transaction, which the driver repeats on a deadlock.
 2. Edges come back as columns too, by `collect()`, in groups of a bounded number of edges: a row at a time is five times slower.
 
+3. The planner plans for the numbers of nodes and edges at that time, and keeps the plan: in an empty graph it looks edges up by their
+   `run`, which is all of them once a run is written, for every single edge. So no statement here leaves it that choice: nodes are
+   found by a hint, a run is compared inside a list, where no index applies, and MERGE, which takes no hint, is not used for edges.
+
 Reading queries run in a session of read access: the server itself refuses to write.
 """
 
@@ -89,9 +93,8 @@ class Neo4jStore(GraphStore):
         edge, frame = schema.edge_type(type), schema.edge_frame(type, rows)
         with self._writing() as session:
             for (source, target), own in session.execute_read(_by_ends, edge, frame):
-                text = _edges_text(edge, source, target, "MERGE", [name for name in edge.columns if name in own.columns])
                 for part in own.iter_slices(ROWS_PER_TRANSACTION):
-                    session.execute_write(_write_edges, text, part)
+                    session.execute_write(_merge_edges, edge, source, target, part)
 
     def commit_sequences(self, commits: Sequence[SequenceCommit]) -> int:
         def work(tx: neo4j.ManagedTransaction) -> int:
@@ -294,27 +297,47 @@ def _by_ends(tx: neo4j.ManagedTransaction, edge: EdgeType, frame: pl.DataFrame) 
     return [(ends, part) for ends, part in parts if part.height]
 
 
-def _edges_text(edge: EdgeType, source: str, target: str, verb: str, columns: Sequence[str]) -> str:
-    """The statement that writes edges from `$sources[$a[i]]` to `$targets[$b[i]]` with the properties `$name[i]`."""
+def _ends_text(source: str, target: str) -> str:
+    """The beginning of a statement over edges: `a` is `$sources[$a[i]]` and `b` is `$targets[$b[i]]`, each node looked up once."""
     nodes = "COLLECT {{ UNWIND range(0, size(${0}) - 1) AS i MATCH (n:{1} {{key: ${0}[i]}}) RETURN n ORDER BY i }}"
-    identity = ", ".join(f"`{name}`: ${name}[i]" for name in edge.identity)
-    sets = ", ".join(f"e.`{name}` = ${name}[i]" for name in columns)
     return (
         f"WITH {nodes.format('sources', source)} AS sources, {nodes.format('targets', target)} AS targets "
         "UNWIND range(0, size($a) - 1) AS i WITH sources[$a[i]] AS a, targets[$b[i]] AS b, i "
-        f"{verb} (a)-[e:{edge.name} {{{identity}}}]->(b)" + (f" SET {sets}" if sets else "")
     )
 
 
-def _write_edges(tx: neo4j.ManagedTransaction, text: str, frame: pl.DataFrame) -> None:
-    for part in frame.iter_slices(ROWS_PER_STATEMENT):
-        parameters: dict[str, object] = {}
-        for column, nodes, position in (("source", "sources", "a"), ("target", "targets", "b")):
-            names = part[column].unique(maintain_order=True)
-            parameters[nodes] = names.to_list()
-            # Positions in `names`; the Enum's categories are those names in their order.
-            parameters[position] = part[column].cast(pl.Enum(names)).to_physical().to_list()
-        _run(tx, text, {**part.drop("source", "target").to_dict(as_series=False), **parameters}).consume()
+def _edge_parameters(part: pl.DataFrame) -> dict[str, object]:
+    """The parameters of such a statement: the nodes' keys, the ends as positions among them, and every property as a list."""
+    parameters: dict[str, object] = {**part.drop("source", "target").to_dict(as_series=False)}
+    for column, nodes, position in (("source", "sources", "a"), ("target", "targets", "b")):
+        names = part[column].unique(maintain_order=True)
+        parameters[nodes] = names.to_list()
+        # An Enum's physical values are the positions of its categories.
+        parameters[position] = part[column].cast(pl.Enum(names)).to_physical().to_list()
+    return parameters
+
+
+def _create_edges(tx: neo4j.ManagedTransaction, edge: EdgeType, source: str, target: str, part: pl.DataFrame) -> None:
+    properties = ", ".join(f"`{name}`: ${name}[i]" for name in edge.properties if name in part.columns)
+    text = f"{_ends_text(source, target)} CREATE (a)-[e:{edge.name} {{{properties}}}]->(b)"
+    for slice in part.iter_slices(ROWS_PER_STATEMENT):
+        _consume(tx, text, _edge_parameters(slice))
+
+
+def _merge_edges(tx: neo4j.ManagedTransaction, edge: EdgeType, source: str, target: str, part: pl.DataFrame) -> None:
+    """Set the properties of the edges that are there and create the others; one such transaction at a time, by a lock on the version."""
+    _consume(tx, "MATCH (m:Meta {key: $key}) SET m.value = m.value", {"key": VERSION_KEY})
+    identity = " AND ".join(f"[e.`{name}`] = [${name}[i]]" for name in edge.identity)
+    sets = ", ".join(f"e.`{name}` = ${name}[i]" for name in edge.columns if name in part.columns)
+    text = (
+        f"{_ends_text(source, target)} MATCH (a)-[e:{edge.name}]->(b)"
+        + (f" WHERE {identity}" if identity else "") + (f" SET {sets}" if sets else "") + " RETURN collect(i)"
+    )
+    for slice in part.iter_slices(ROWS_PER_STATEMENT):
+        found = _run(tx, text, _edge_parameters(slice)).single(strict=True)[0]
+        new = slice.filter(~pl.int_range(pl.len()).is_in(found))
+        if new.height:
+            _create_edges(tx, edge, source, target, new)
 
 
 def _commit(tx: neo4j.ManagedTransaction, commit: SequenceCommit) -> bool:
@@ -332,7 +355,7 @@ def _commit(tx: neo4j.ManagedTransaction, commit: SequenceCommit) -> bool:
     edge = EDGES["ATTRIBUTES"]
     edges = commit.stored_edges().with_columns(run=pl.lit(commit.run), sequence=pl.lit(commit.sequence))
     for _, own in _by_ends(tx, edge, edges):
-        _write_edges(tx, _edges_text(edge, "Feature", "Feature", "CREATE", list(edge.columns)), own)
+        _create_edges(tx, edge, "Feature", "Feature", own)
     return True
 
 
@@ -400,10 +423,10 @@ def _columns_text(edge: EdgeType, ends: tuple[str, str], ranged: bool, of_run: b
             returned.append(f"{value} AS `{name}`")  # a grouping key: sent once per record
         else:
             returned.append(f"collect({f'[{value}]' if nullable else value}) AS `{name}`")
-    conditions = ["e.run = $run"] * of_run + ["b.key >= $low", "b.key <= $high"] * ranged
+    conditions = ["[e.run] = [$run]"] * of_run + ["b.key >= $low", "b.key <= $high"] * ranged
     return (
         f"UNWIND range(0, size($keys) - 1) AS i MATCH (a:{ends[0]} {{key: $keys[i]}})-[e:{edge.name}]->(b:{ends[1]}) "
-        + (f"WHERE {' AND '.join(conditions)} " if conditions else "") + f"RETURN {', '.join(returned)}"
+        f"USING INDEX SEEK a:{ends[0]}(key) " + (f"WHERE {' AND '.join(conditions)} " if conditions else "") + f"RETURN {', '.join(returned)}"
     )
 
 
