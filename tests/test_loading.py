@@ -120,6 +120,7 @@ def test_gguf_is_converted_once_and_equals_its_source(tmp_path: Path, monkeypatc
     torch.testing.assert_close(load_model(str(tmp_path / "micro.gguf")).module(TOKENS).logits, model.module(TOKENS).logits, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_convert_at_once(tmp_path: Path) -> None:
     write_gguf(tmp_path / "micro.gguf")
     script = "import sys; from featlas.model.loading import load_model; print(load_model(sys.argv[1]).key)"

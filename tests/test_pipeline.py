@@ -109,6 +109,7 @@ def test_the_same_run_twice_changes_nothing(tiny, tmp_path, graph):
 
 
 @pytest.mark.parametrize("kill_after", [1, 2])
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_graph(tiny, tmp_path, graph, kill_after):
     whole = ingest_edges(options(tiny, tmp_path / "whole"))
     reference = snapshot(tmp_path / "whole", None, whole.run)

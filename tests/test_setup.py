@@ -99,11 +99,13 @@ def outcome(tmp_path: Path, ci: str, whole: str = "") -> str:
     return (done.stdout + done.stderr).strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_ci_counts_a_skipped_service_as_failed(tmp_path: Path) -> None:
     assert outcome(tmp_path, ci="").startswith("2 skipped, 1 xfailed")
     assert outcome(tmp_path, ci="true").startswith("1 failed, 1 skipped, 1 xfailed")
 
 
+@pytest.mark.slow
 def test_ci_counts_a_file_that_skips_itself_as_failed(tmp_path: Path) -> None:
     whole = "pytest.importorskip('no_such_module')"
     assert outcome(tmp_path, "", whole).startswith("1 skipped")

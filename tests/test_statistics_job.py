@@ -315,6 +315,7 @@ def _slow_run(folder: str, path: str, reached) -> None:
         measure_statistics(store, model, site_dictionaries(), corpus, OPTIONS, progress=progress)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_result(whole, folder, tmp_path, model, dictionaries, corpus):
     reference, run = whole
     path = tmp_path / "killed.duckdb"
