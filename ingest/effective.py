@@ -129,7 +129,7 @@ class _Coo(NamedTuple):
     row: Tensor
     src_site: Tensor
     cell: Tensor
-    index: Tensor
+    node: Tensor
     weight: Tensor
 
 
@@ -328,7 +328,7 @@ def attribute(prepared: Prepared) -> Iterator[EdgeBlock]:
         for coo in _edges_into(prepared, function, rows):
             for place in coo.src_site.unique().tolist():
                 of_site = coo.src_site == place
-                frontier[graph.sites[place]][coo.cell[of_site], coo.index[of_site]] = True
+                frontier[graph.sites[place]][coo.cell[of_site], coo.node[of_site]] = True
             parts.append(coo)
         if parts:
             yield _block(prepared, site, rows, _Coo(*(torch.cat(column) for column in zip(*parts, strict=True))))
@@ -446,7 +446,7 @@ def _lane_group(prepared: Prepared, function: LocalFunction, rows: _Rows, packin
 def _row_bytes(binding: Binding, function: LocalFunction) -> int:
     """Estimated bytes that one position of one row takes in a backward pass through the local function."""
     config = binding.module.config
-    hidden = int(getattr(config, "intermediate_size", None) or 4 * binding.d_model)  # type: ignore[arg-type]
+    hidden = int(getattr(config, "intermediate_size", None) or 4 * binding.d_model)
     width = 8 * binding.d_model + 4 * hidden if function.mixes_positions or function.target.kind is SiteKind.MLP else 8 * binding.d_model
     return width * binding.dtype.itemsize
 
@@ -523,7 +523,7 @@ def _effects(prepared: Prepared, site: Site, gradient: Tensor, place: Tensor) ->
 def _largest_per_row(coo: _Coo, limit: int) -> _Coo:
     """Keep the `limit` edges of greatest |weight| per row; ties go to the earlier site, node and position."""
     order = torch.arange(len(coo.row), device=coo.row.device)
-    for key in (coo.cell, coo.index, coo.src_site, -coo.weight.abs(), coo.row):  # stable sorts, least significant key first
+    for key in (coo.cell, coo.node, coo.src_site, -coo.weight.abs(), coo.row):  # stable sorts, least significant key first
         order = order[key[order].sort(stable=True).indices]
     row = coo.row[order]
     start = torch.ones_like(row, dtype=torch.bool)
@@ -539,7 +539,7 @@ def _block(prepared: Prepared, site: Site, rows: _Rows, coo: _Coo) -> EdgeBlock:
     number = prepared.graph.sites.index(site)
     dest_cell, dest_index = rows.cell[coo.row], rows.index[coo.row]
     weight = coo.weight.double()
-    columns = [coo.cell // pos, coo.src_site, coo.index, dest_index, coo.cell % pos, dest_cell % pos]
+    columns = [coo.cell // pos, coo.src_site, coo.node, dest_index, coo.cell % pos, dest_cell % pos]
     if prepared.settings.positions is not Positions.KEEP:
         columns, weight = _over_positions(columns[:4], weight, prepared.settings.positions)
         columns += [torch.full_like(columns[0], -1)] * 2
