@@ -387,7 +387,7 @@ def _edge_parts(session: neo4j.Session, edge: EdgeType, source: str, target: str
 
 
 def _groups(session: neo4j.Session, edge: EdgeType, source: str, target: str) -> Iterator[_Group]:
-    degrees = f"MATCH (a:{source}) WITH a, COUNT {{ (a)-[:{edge.name}]->(:{target}) }} AS n WHERE n > 0 RETURN a.key, n"
+    degrees = f"MATCH (a:{source}) WITH a, COUNT {{ (a)-[:{edge.name}]->() }} AS n WHERE n > 0 RETURN a.key, n"
     targets = f"MATCH (:{source} {{key: $key}})-[e:{edge.name}]->(b:{target}) RETURN b.key, count(e) ORDER BY b.key"
     counted = _rows(session, degrees)
     for keys in _filled(counted):
