@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(e[+-]?\d+)?%?|")
+_WIDEST = 72  # characters of a cell of a frame
 _PIPED_WIDTH = 160  # columns of a table that does not go to a terminal
 
 
@@ -90,6 +91,11 @@ def _cell(value: object) -> str:
     return str(value).replace("\n", "⏎")
 
 
+def _short(value: object) -> object:
+    """A text cut where it would make a table unreadable; the other formats keep it whole."""
+    return value[: _WIDEST - 1] + "…" if isinstance(value, str) and len(value) > _WIDEST else value
+
+
 @contextmanager
 def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar on standard error: call with (done, total, detail); without a terminal it says nothing."""
@@ -120,7 +126,7 @@ def write_frame(frame: "pl.DataFrame", format: Format, output: Path | None = Non
         raise NeedsOutput("--format parquet is binary: name a file with --output FILE.parquet")
     if output is None:
         if format is Format.TABLE:
-            table(frame.columns, frame.iter_rows())
+            table(frame.columns, ([_short(value) for value in row] for row in frame.iter_rows()))
         else:
             sys.stdout.write(_text(frame, format))
         return

@@ -137,7 +137,7 @@ def next_commands(circuit: Circuit, options: DemoOptions) -> tuple[str, ...]:
     where = f" --graph {shlex.quote(options.graph)}" if options.graph else ""
     where += f" --atlas {shlex.quote(str(options.atlas))}" if options.atlas != Path("atlas") else ""
     run = circuit.selection.run
-    cypher = 'MATCH (f:Feature)-[i:INFLUENCES]->(y:Feature) WHERE y.kind = "output" RETURN f.site, f.key, i.weight ORDER BY i.weight DESC LIMIT 10'
+    cypher = 'MATCH (f:Feature)-[i:INFLUENCES]->(y:Feature) WHERE y.kind = "output" RETURN f.site, f.label, i.weight ORDER BY i.weight DESC LIMIT 10'
     return (
         f"featlas query hubs --param run={run}{where}",
         f"featlas query --cypher {shlex.quote(cypher)}{where}",

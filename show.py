@@ -11,7 +11,7 @@ NEXT_COMMANDS = (
     "featlas query --list",
     "featlas analyze circuit --edges 100 --by weight",
     "featlas query --cypher 'MATCH (f:Feature)-[i:INFLUENCES]->(y:Feature) WHERE y.kind = \"output\""
-    " RETURN f.site, f.key, i.weight ORDER BY i.weight DESC LIMIT 10'",
+    " RETURN f.site, f.label, i.weight ORDER BY i.weight DESC LIMIT 10'",
 )
 
 
@@ -53,7 +53,7 @@ def show_paths(report: Report) -> None:
     sites = dict(report.circuit.nodes.select("key", "site").iter_rows())
     for path in report.paths:
         nodes = [f"[{sites[key]}] {readable(names.get(key) or key, 28)}" for key in path.nodes]
-        steps = [f"{node} --{weight:+.2g}-->" for node, weight in zip(nodes, path.weights)]
+        steps = [f"{node} ({weight:+.2g}) →" for node, weight in zip(nodes, path.weights)]
         score = f"{path.score:.2%}" if report.rule is PathRule.PRODUCT else f"{path.score:.3g}"
         console.say(f"  {score:>8}  {' '.join([*steps, nodes[-1]])}")
 

@@ -13,6 +13,7 @@ NOTES = {"key": pl.String(), "name": pl.String(), "tokens": pl.List(pl.String())
 CONTEXTS = {"key": pl.String(), "value": pl.Float64(), "before": pl.List(pl.String()), "token": pl.String(), "after": pl.List(pl.String())}
 
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
+SEPARATOR = " · "  # between the tokens of a name: a token may be a comma
 _AROUND = 8  # tokens of context on either side
 
 
@@ -83,7 +84,7 @@ def feature_notes(
         pl.when(pl.col("label").is_not_null()).then(pl.col("label"))
         .when(pl.col("kind") == "error").then(pl.concat_str(pl.lit("error of "), pl.col("site")))
         .when(pl.col("kind") == "output").then(pl.lit(output))
-        .when(pl.col("tokens").is_not_null()).then(shown.list.unique(maintain_order=True).list.join(", "))
+        .when(pl.col("tokens").is_not_null()).then(shown.list.unique(maintain_order=True).list.join(SEPARATOR))
         .otherwise(unnamed)
     )
     empty = pl.lit([], dtype=pl.List(pl.String))

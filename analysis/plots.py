@@ -19,7 +19,7 @@ import polars as pl
 from plotly.offline import get_plotlyjs
 
 from .circuits import Circuit, strongest_part
-from .notes import readable
+from .notes import SEPARATOR, readable
 
 RAISES, LOWERS, FEATURE, ERROR, OUTPUT = "#2166ac", "#b2182b", "#3b7d6e", "#a9a9a9", "#e0a526"
 _INK, _PALE, _FONT = "#24292f", "#e7eaee", "Helvetica, Arial, DejaVu Sans, sans-serif"
@@ -309,8 +309,8 @@ def _labels(nodes: pl.DataFrame, span: float) -> list[dict[str, object]]:
 def _shortened(name: str, width: int) -> str:
     """As many of a name's tokens as fit, at least the first, cut where it must be."""
     whole = readable(name, 80)
-    while len(whole) > width and ", " in whole:
-        whole = whole.rpartition(", ")[0]
+    while len(whole) > width and SEPARATOR in whole:
+        whole = whole.rpartition(SEPARATOR)[0]
     return readable(whole, width)
 
 

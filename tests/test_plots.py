@@ -128,7 +128,7 @@ def test_notes_name_features_by_label_then_tokens_then_index() -> None:
     )
     notes = feature_notes(features, contexts, output="logit difference")
     assert notes.schema == pl.Schema(NOTES)
-    assert notes["name"].to_list() == ["are, ⏎", "plural subject", "feature 5", "error of resid_1", "logit difference"]
+    assert notes["name"].to_list() == ["are · ⏎", "plural subject", "feature 5", "error of resid_1", "logit difference"]
     assert notes["contexts"].to_list()[0] == ["q【⏎】", "x y⏎【 are】 z", "【 are】"]
     assert feature_notes(features, contexts.clear())["name"].to_list()[0] == "feature 3"
 
