@@ -17,9 +17,9 @@ from .console import Format
 from .errors import FeatlasError, UserError
 
 if TYPE_CHECKING:
-
     from .analysis.circuits import Circuit
     from .analysis.report import Report
+    from .ingest.effective import EdgeSettings
     from .model.dictionary_sources import SiteDictionaries
     from .model.loading import LoadedModel
     from .model.pairs import Pair
@@ -75,6 +75,11 @@ Steps = Annotated[
         help="Steps of integrated gradients; only 1 (attribution patching) is available yet. "
         "At 1 a feature that is inactive in the clean run gets no incoming edge.",
     ),
+]
+StatisticsRun = Annotated[str | None, typer.Option("--statistics-run", help="Run of `ingest statistics` that --baseline mean takes.")]
+Basis = Annotated[
+    Literal["activation", "attribution"],
+    typer.Option("--basis", help="Statistics of activations, or (with --task) of each node's attribution to --metric from --baseline."),
 ]
 ShowVersion = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]
 
@@ -356,7 +361,7 @@ def ingest_edges_command(
     threshold: Annotated[float, typer.Option("--threshold", help="Keep single-position edges with |effect| of at least this; 0: all.")] = 0.0,
     max_edges: Annotated[int | None, typer.Option("--max-edges", help="Then the strongest so many edges into each node and position.")] = None,
     positions: Positions = "sum",
-    statistics_run: Annotated[str | None, typer.Option("--statistics-run", help="Run of `ingest statistics` that --baseline mean takes.")] = None,
+    statistics_run: StatisticsRun = None,
     sites: Sites = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -370,13 +375,10 @@ def ingest_edges_command(
     """Effective edges of every sequence of a task into the graph; an interrupted run continues, a repeated one changes nothing."""
     from dataclasses import asdict
 
-    from .ingest import effective
     from .ingest.pipeline import EdgeOptions, ingest_edges
-    from .model import metrics
 
-    settings = effective.EdgeSettings(
-        metric=metrics.Metric(metric), baseline=effective.Baseline(baseline), steps=steps, threshold=threshold, max_edges=max_edges,
-        positions=effective.Positions(positions),
+    settings = _edge_settings(
+        metric=metric, baseline=baseline, steps=steps, threshold=threshold, max_edges=max_edges, positions=positions,
     )  # fmt: skip
     options = EdgeOptions(
         model=model, dictionaries=dictionaries, task=task, atlas=atlas, graph=graph, sites=_names(sites) if sites else None, limit=limit, seed=seed,
@@ -391,6 +393,18 @@ def ingest_edges_command(
         return
     done = f"{summary.n_sequences - summary.n_skipped} sequences" + (f" ({summary.n_skipped} were done before)" if summary.n_skipped else "")
     console.say(f"run {summary.run}: {done}, {summary.n_edges:,} edges written, {summary.n_influences:,} after aggregation, {summary.seconds:.1f} s")
+
+
+def _edge_settings(*, metric: str, baseline: str, positions: str = "sum", **numbers: Any) -> "EdgeSettings":
+    """The engine's settings from the command line's words; raises a `UserError` for what it cannot do."""
+    from .ingest import effective
+    from .model import metrics
+
+    settings = effective.EdgeSettings(
+        metric=metrics.Metric(metric), baseline=effective.Baseline(baseline), positions=effective.Positions(positions), **numbers
+    )
+    settings.check()
+    return settings
 
 
 @ingest_app.command("finish")
@@ -423,6 +437,10 @@ def ingest_statistics_command(
     length: Annotated[int, typer.Option("--length", help="Tokens in a block of text.")] = 128,
     contexts: Annotated[int, typer.Option("--contexts", help="Strongest contexts kept per feature.")] = 10,
     by_position: Annotated[bool, typer.Option("--by-position", help="Means per position too.")] = False,
+    basis: Basis = "activation",
+    metric: Metric = "logit_diff",
+    baseline: Baseline = "counterfactual",
+    statistics_run: StatisticsRun = None,
     sites: Sites = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -434,24 +452,33 @@ def ingest_statistics_command(
     as_json: Json = False,
 ) -> None:
     """Per feature: count, frequency, moments and strongest contexts, into the statistics store; frequencies and names onto the graph's features."""
-    from .ingest.statistics import StatisticsOptions, measure_statistics, pair_corpus, text_corpus
+    from .ingest.statistics import StatisticsOptions, measure_attributions, measure_statistics, node_means, pair_corpus, text_corpus
     from .queries.statistics import StatisticsStore
 
     if (corpus is None) == (task is None):
         raise NotBoth("name a text corpus with --corpus, or a task with --task: one of the two")
+    if basis == "attribution" and task is None:
+        raise NotBoth("--basis attribution needs the pairs of a --task: a corpus has no corrupted texts and no answers")
+    settings = _edge_settings(metric=metric, baseline=baseline)
     loaded, found = _load(model, dictionaries, sites, device, dtype)
     options = StatisticsOptions(length=length, batch_size=batch_size, n_contexts=contexts, by_position=by_position, seed=seed)
     if corpus is not None:
         source = text_corpus(corpus, loaded.tokenizer, options, max_sequences=limit)
     else:
         pairs = _pairs(str(task), loaded.tokenizer, limit or 100, seed, skip_invalid)
-        source = pair_corpus(str(task), pairs, loaded.tokenizer, options, device=device)
+        source = pair_corpus(str(task), pairs, loaded.tokenizer, options, clean_only=basis == "attribution", device=device)
     atlas.mkdir(parents=True, exist_ok=True)
-    with StatisticsStore(atlas) as statistics, console.progress("statistics", quiet=as_json) as report:
-        record = measure_statistics(
-            statistics, loaded, found, source, options, progress=lambda done, total, tokens: report(done, total, f"{tokens:,} tokens")
-        )
-        annotated = _annotate(atlas, graph, statistics, record.run)
+    with StatisticsStore(atlas) as statistics, console.progress("statistics", quiet=as_json) as bar:
+        report = lambda done, total, tokens: bar(done, total, f"{tokens:,} tokens")
+        if basis == "attribution":
+            means = node_means(statistics, statistics_run, loaded, found) if baseline == "mean" else None
+            record = measure_attributions(
+                statistics, loaded, found, source, options, settings, means=means, statistics_run=statistics_run, progress=report
+            )
+            annotated = 0  # frequencies and names are of activations
+        else:
+            record = measure_statistics(statistics, loaded, found, source, options, progress=report)
+            annotated = _annotate(atlas, graph, statistics, record.run)
     if as_json:
         console.say_json({"run": record.run, "sequences": record.sequences, "tokens": record.tokens, "annotated": annotated})
     else:
@@ -716,6 +743,41 @@ def neo4j_status_command(home: Home = None, as_json: Json = False) -> None:
         console.say(f"log in as {info.username} with the password in {info.password_file}")
     if info is None:
         raise typer.Exit(1)
+
+
+@neo4j_app.command("import")
+def neo4j_import_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of import files, made by `featlas export`.")],
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Load import files into the local Neo4j, whose database must be empty: the fast way for large graphs. The server is restarted."""
+    from .queries.bulk_import import bulk_import
+    from .queries.neo4j_server import default_home
+
+    info = bulk_import(folder, home or default_home())
+    if as_json:
+        console.say_json({"uri": info.uri, "browser": info.http_url})
+    else:
+        console.say(f"loaded {folder}; Neo4j answers at {info.uri}, its Browser is {info.http_url}")
+
+
+@app.command("export")
+def export_command(
+    folder: Annotated[Path, typer.Argument(help="New or empty folder for the files.")],
+    atlas: Atlas = DEFAULT_ATLAS,
+    graph: Graph = None,
+    as_json: Json = False,
+) -> None:
+    """Write the whole graph as files for Neo4j's offline importer; `featlas neo4j import` loads them into the local server."""
+    from .queries.bulk_import import export_import_files
+
+    with _open_graph(atlas, graph, write=False) as store:
+        written = export_import_files(store, folder)
+    if as_json:
+        console.say_json({"folder": str(written.folder), "n_nodes": written.n_nodes, "n_edges": written.n_edges})
+    else:
+        console.say(f"wrote {written.n_nodes:,} nodes and {written.n_edges:,} edges to {folder}")
 
 
 # --- main ------------------------------------------------------------------------------------------------------------

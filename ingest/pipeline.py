@@ -36,6 +36,7 @@ from ..queries.schema import feature_key, output_key
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore, SequenceCommit, open_graph
 from .effective import Baseline, EdgeBlock, EdgeSettings, NodeMeans, Prepared, attribute, prepare
+from .statistics import node_means
 
 QUEUE_BATCHES = 2
 """Batches computed ahead of the writer before it holds the computation back."""
@@ -178,14 +179,8 @@ def _means(options: EdgeOptions, model: LoadedModel, dictionaries: Mapping[Site,
     """Mean nodes from the statistics run that the options name, for the mean baseline only."""
     if options.settings.baseline is not Baseline.MEAN:
         return None
-    if options.statistics_run is None:
-        raise UserError("--baseline mean needs --statistics-run: run `featlas ingest statistics` first, it prints the run's name")
     with StatisticsStore(options.atlas, read_only=True) as statistics:
-        found = {
-            site: statistics.baseline_means(options.statistics_run, site.name, dictionary.id, model=model.key)
-            for site, dictionary in dictionaries.items()
-        }
-    return {site: NodeMeans(torch.as_tensor(m.features), torch.as_tensor(m.error)) for site, m in found.items()}
+        return node_means(statistics, options.statistics_run, model, dictionaries)
 
 
 def _write_provenance(store: GraphStore, plan: _Plan) -> None:

@@ -288,6 +288,17 @@ def measure_attributions(
     )
 
 
+def node_means(store: StatisticsStore, run: str | None, model: LoadedModel, dictionaries: Mapping[Site, Dictionary]) -> dict[Site, NodeMeans]:
+    """The mean nodes of `dictionaries`' sites over the corpus of a run, for the mean baseline.
+
+    Raises a `UserError` where no run is named, or the run measured another model or dictionary.
+    """
+    if run is None:
+        raise BadStatisticsOptions("--baseline mean needs --statistics-run: run `featlas ingest statistics` first, it prints the run's name")
+    found = {site: store.baseline_means(run, site.name, dictionary.id, model=model.key) for site, dictionary in dictionaries.items()}
+    return {site: NodeMeans(torch.as_tensor(m.features), torch.as_tensor(m.error)) for site, m in found.items()}
+
+
 def plan_run(
     model: LoadedModel,
     dictionaries: Mapping[Site, Dictionary],

@@ -105,7 +105,7 @@ def bulk_import(folder: Path, home: Path, options: ServerOptions | None = None) 
     `neo4j_server.AdminFailed` with the importer's own words (the database is left empty), and what `up` raises.
     """
     if not (folder / ARGUMENTS).is_file():
-        raise NoImportFiles(f"{folder} has no {ARGUMENTS}: write import files there first (`featlas export`)")
+        raise NoImportFiles(f"{folder} has no {ARGUMENTS}: write import files there first (`featlas export FOLDER`)")
     require_empty(home, options)
     down(home)
     # Verified empty, the old files may go; a failed import leaves unusable ones, which would keep the server from starting.

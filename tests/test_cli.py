@@ -18,6 +18,7 @@ from featlas.model.metrics import Metric
 from featlas.queries.store import open_graph
 
 from .layered_circuit import layered_circuit
+from .micro import save_tiny
 
 FEATLAS = Path(sys.executable).parent / "featlas"
 
@@ -74,7 +75,7 @@ def test_each_command_has_help(command: tuple[str, ...]) -> None:
 
 def test_commands_are_those_of_the_design() -> None:
     assert set(all_commands()) == {
-        ("demo",), ("doctor",), ("query",), ("report",), ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"),
+        ("demo",), ("doctor",), ("query",), ("report",), ("export",), ("neo4j", "import"), ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"),
         ("dictionaries", "list"), ("dictionaries", "train"), ("dictionaries", "evaluate"), ("ingest", "edges"), ("ingest", "statistics"),
         ("ingest", "finish"), ("analyze", "circuit"), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
     }  # fmt: skip
@@ -235,3 +236,40 @@ def test_doctor_names_what_it_found(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert checks["torch"]["works"]
     assert {"graph-tool", "java", "maven", "chromium", "graph store", "statistics store"} <= set(checks)
+
+
+def test_from_pairs_to_circuit_on_a_tiny_model(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model" / "tiny")
+    pairs = [{"clean": f"w1 w{i} w3", "corrupt": f"w1 w{i + 9} w3", "answer": " w5", "wrong_answer": " w6"} for i in range(7, 12)]
+    task = tmp_path / "pairs.jsonl"
+    task.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    named = ["--model", model, "--dictionaries", "identity", "--sites", "resid_0,resid_1", "--task", task, "--atlas", tmp_path / "atlas", "--json"]
+    first = json.loads(featlas("ingest", "edges", *named).stdout)
+    assert first["n_sequences"] == 5
+    assert first["n_edges"] > 0
+    again = json.loads(featlas("ingest", "edges", *named).stdout)
+    assert (again["run"], again["n_edges"], again["n_skipped"]) == (first["run"], 0, 5)
+    statistics = json.loads(featlas("ingest", "statistics", *named).stdout)
+    assert statistics["sequences"] == 10
+    # identity has 16 features and an error node at each of two sites; the output is no feature of a dictionary
+    assert 0 < statistics["annotated"] <= 34
+    finished = json.loads(featlas("ingest", "finish", first["run"][:6], "--atlas", tmp_path / "atlas", "--json").stdout)
+    assert finished == {"run": first["run"], "n_influences": first["n_influences"]}
+    circuit = json.loads(featlas("analyze", "circuit", "--threshold", 0, "--atlas", tmp_path / "atlas", "--json").stdout)
+    assert {node["site"] for node in circuit["nodes"]} == {"resid_0", "resid_1", "y"}
+    assert circuit["n_edges"] == first["n_influences"]
+    labels = featlas("query", "--cypher", "MATCH (f:Feature) WHERE f.label IS NOT NULL RETURN count(f) AS n", "--atlas", tmp_path / "atlas")
+    assert int(labels.stdout.split()[-1]) > 0
+    checked = json.loads(featlas("tasks", "check", task, "--model", model, "--json").stdout)
+    assert checked[0]["n"] == 5
+
+
+def test_unusable_pairs_are_named_and_left_out_when_asked(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model" / "tiny")
+    good = {"clean": "w1 w2", "corrupt": "w1 w4", "answer": " w5", "wrong_answer": " w6"}
+    task = tmp_path / "pairs.jsonl"
+    task.write_text("".join(json.dumps(pair) + "\n" for pair in (good, good | {"corrupt": "w1"})), encoding="utf-8")
+    mistake(featlas("tasks", "show", task, "--model", model), 2, "line 2", "--skip-invalid")
+    shown = featlas("tasks", "show", task, "--model", model, "--skip-invalid", "--json")
+    assert [pair["clean"] for pair in json.loads(shown.stdout)] == ["w1 w2"]
+    assert "line 2" in shown.stderr
