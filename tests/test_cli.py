@@ -75,7 +75,8 @@ def test_each_command_has_help(command: tuple[str, ...]) -> None:
 
 def test_commands_are_those_of_the_design() -> None:
     assert set(all_commands()) == {
-        ("demo",), ("doctor",), ("query",), ("report",), ("export",), ("neo4j", "import"), ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"),
+        ("demo",), ("doctor",), ("query",), ("report",), ("export",), ("neo4j", "import"),
+        ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"),
         ("dictionaries", "list"), ("dictionaries", "train"), ("dictionaries", "evaluate"), ("ingest", "edges"), ("ingest", "statistics"),
         ("ingest", "finish"), ("analyze", "circuit"), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
     }  # fmt: skip
