@@ -700,11 +700,15 @@ def demo_command(
 Home = Annotated[Path | None, typer.Option("--home", envvar="FEATLAS_NEO4J_HOME", help="Folder of the server: data, logs, password.")]
 
 
+BoltPort = Annotated[int, typer.Option("--bolt-port", help="Port for clients; 0 takes any free one.")]
+HttpPort = Annotated[int, typer.Option("--http-port", help="Port of the Browser; 0 takes any free one.")]
+
+
 @neo4j_app.command("up")
 def neo4j_up_command(
     home: Home = None,
-    bolt_port: Annotated[int, typer.Option("--bolt-port", help="Port for clients; 0 takes any free one.")] = 7687,
-    http_port: Annotated[int, typer.Option("--http-port", help="Port of the Browser; 0 takes any free one.")] = 7474,
+    bolt_port: BoltPort = 7687,
+    http_port: HttpPort = 7474,
     heap_mb: Annotated[int, typer.Option("--heap-mb", help="Memory of the server in MiB.")] = 2048,
     as_json: Json = False,
 ) -> None:
@@ -749,13 +753,15 @@ def neo4j_status_command(home: Home = None, as_json: Json = False) -> None:
 def neo4j_import_command(
     folder: Annotated[Path, typer.Argument(help="Folder of import files, made by `featlas export`.")],
     home: Home = None,
+    bolt_port: BoltPort = 7687,
+    http_port: HttpPort = 7474,
     as_json: Json = False,
 ) -> None:
     """Load import files into the local Neo4j, whose database must be empty: the fast way for large graphs. The server is restarted."""
     from .queries.bulk_import import bulk_import
-    from .queries.neo4j_server import default_home
+    from .queries.neo4j_server import ServerOptions, default_home
 
-    info = bulk_import(folder, home or default_home())
+    info = bulk_import(folder, home or default_home(), ServerOptions(bolt_port=bolt_port, http_port=http_port))
     if as_json:
         console.say_json({"uri": info.uri, "browser": info.http_url})
     else:

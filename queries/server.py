@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, LiteralString, cast
+from typing import Any
 
 import neo4j
 import polars as pl
@@ -53,9 +53,6 @@ CONNECTION_TIMEOUT_S = 10.0
 ROWS_PER_STATEMENT = 20_000
 ROWS_PER_TRANSACTION = 100_000  # of idempotent merges; a sequence is never split
 EDGES_PER_RECORD = 100_000
-
-# The driver asks for literal text as a guard against users' text inside statements; ours holds only names from the schema.
-Statement = LiteralString
 
 
 class Neo4jStore(GraphStore):
@@ -115,7 +112,7 @@ class Neo4jStore(GraphStore):
         with _readable_errors(self.uri, self._database, users_query=True), self._session(access) as session:
             if write:
                 # Not a managed transaction: CALL … IN TRANSACTIONS must be the one to begin them.
-                names, rows = _fetch(session.run(cast(Statement, cypher), dict(parameters or {})))
+                names, rows = _fetch(session.run(cypher, dict(parameters or {})))
             else:
                 names, rows = session.execute_read(lambda tx: _fetch(_run(tx, cypher, parameters)))
         return result_frame(names, [[_plain(row[i]) for row in rows] for i in range(len(names))])
@@ -259,7 +256,7 @@ def _schema_statements() -> Iterator[str]:
 
 
 def _run(tx: neo4j.ManagedTransaction, text: str, parameters: Mapping[str, object] | None = None) -> neo4j.Result:
-    return tx.run(cast(Statement, text), dict(parameters or {}))
+    return tx.run(text, dict(parameters or {}))
 
 
 def _consume(tx: neo4j.ManagedTransaction, text: str, parameters: Mapping[str, object] | None = None) -> None:
@@ -379,7 +376,7 @@ def _edge_parts(session: neo4j.Session, edge: EdgeType, source: str, target: str
         parameters = {"keys": group.keys, "low": group.low, "high": group.high, "run": run}
         for nullable in (False, True):
             text = _columns_text(edge, (source, target), group.low is not None, run is not None, nullable)
-            records = [record.data() for record in session.run(cast(Statement, text), parameters)]
+            records = [record.data() for record in session.run(text, parameters)]
             # collect() leaves nulls out: all null gives an empty list, some null makes the columns disagree.
             if all(len(record[name]) in (0, len(record["a"])) for record in records for name in varying):
                 break
