@@ -274,3 +274,11 @@ def test_unusable_pairs_are_named_and_left_out_when_asked(tmp_path: Path) -> Non
     shown = featlas("tasks", "show", task, "--model", model, "--skip-invalid", "--json")
     assert [pair["clean"] for pair in json.loads(shown.stdout)] == ["w1 w2"]
     assert "line 2" in shown.stderr
+
+
+@pytest.mark.graphtool
+def test_doctor_finds_graph_tool_in_its_own_python(tmp_path: Path) -> None:
+    if not Path("/usr/bin/python3").exists() or subprocess.run(["/usr/bin/python3", "-c", "import graph_tool"], check=False).returncode:
+        pytest.skip("graph-tool is not installed under /usr/bin/python3")
+    checks = {check["name"]: check for check in json.loads(featlas("doctor", "--atlas", tmp_path, "--json").stdout)}
+    assert checks["graph-tool"]["works"]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,13 @@ def test_ci_counts_a_file_that_skips_itself_as_failed(tmp_path: Path) -> None:
     whole = "pytest.importorskip('no_such_module')"
     assert outcome(tmp_path, "", whole).startswith("1 skipped")
     assert "1 error" in outcome(tmp_path, "true", whole)
+
+
+def test_every_file_of_the_packages_is_installed_with_them() -> None:
+    """What a package reads at run time must be named as its data, or an installed featlas lacks it."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    listed = subprocess.run(["git", "ls-files", "model", "ingest", "queries", "analysis"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [Path(name) for name in listed.stdout.split("\n") if name and not name.endswith(".py")]
+    assert len(files) > 20
+    left_out = [str(f) for f in files if not any(Path(*f.parts[1:]).match(pattern) for pattern in data.get(f"featlas.{f.parts[0]}", []))]
+    assert left_out == []
