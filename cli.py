@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .ingest.effective import EdgeSettings
     from .model.dictionary_sources import SiteDictionaries
     from .model.loading import LoadedModel
-    from .model.pairs import Pair
+    from .model.pairs import Pair, Refusal
     from .queries.statistics import StatisticsStore
     from .queries.store import GraphStore
 
@@ -241,8 +241,12 @@ def _pairs(task: str, tokenizer: Any, limit: int, seed: int, skip_invalid: bool)
     """A task's pairs; the lines of a file that were passed over are named on standard error."""
     from .model.tasks import load_task
 
-    told = lambda path, refusal: console.note(f"{path}, line {refusal.line}: left out: {refusal.reason}")
-    return load_task(task, tokenizer, n=limit, seed=seed, skip_invalid=skip_invalid, report=told)
+    return load_task(task, tokenizer, n=limit, seed=seed, skip_invalid=skip_invalid, report=_left_out)
+
+
+def _left_out(path: str, refusal: "Refusal") -> None:
+    """Say on standard error that a line of a task's file is left out, and why."""
+    console.note(f"{path}, line {refusal.line}: left out: {refusal.reason}")
 
 
 # --- dictionaries ----------------------------------------------------------------------------------------------------
@@ -384,10 +388,10 @@ def ingest_edges_command(
         model=model, dictionaries=dictionaries, task=task, atlas=atlas, graph=graph, sites=_names(sites) if sites else None, limit=limit, seed=seed,
         settings=settings, batch_size=batch_size, device=device, dtype=dtype, skip_invalid=skip_invalid, statistics_run=statistics_run,
     )  # fmt: skip
-    if graph is None:
-        atlas.mkdir(parents=True, exist_ok=True)
     with console.progress("edges", quiet=as_json) as report:
-        summary = ingest_edges(options, progress=lambda p: report(p.done, p.total, f"{p.edges:,} edges, {p.edges_per_second:,.0f}/s"))
+        summary = ingest_edges(
+            options, progress=lambda p: report(p.done, p.total, f"{p.edges:,} edges, {p.edges_per_second:,.0f}/s"), report=_left_out
+        )
     if as_json:
         console.say_json(asdict(summary))
         return

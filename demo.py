@@ -25,7 +25,7 @@ from .model.solvability import check_task
 from .model.tasks import build_task
 from .queries.statistics import StatisticsStore
 from .queries.store import open_graph
-from .queries.subgraphs import find_run
+from .queries.subgraphs import STRONGEST_ON_OUTPUT, find_run
 
 MODEL, DICTIONARIES = "smollm2", "demo"
 CANDIDATES = ("agreement", "agreement_rc", "pronoun", "ioi", "boolean")
@@ -137,9 +137,8 @@ def next_commands(circuit: Circuit, options: DemoOptions) -> tuple[str, ...]:
     where = f" --graph {shlex.quote(options.graph)}" if options.graph else ""
     where += f" --atlas {shlex.quote(str(options.atlas))}" if options.atlas != Path("atlas") else ""
     run = circuit.selection.run
-    cypher = 'MATCH (f:Feature)-[i:INFLUENCES]->(y:Feature) WHERE y.kind = "output" RETURN f.site, f.label, i.weight ORDER BY i.weight DESC LIMIT 10'
     return (
         f"featlas query hubs --param run={run}{where}",
-        f"featlas query --cypher {shlex.quote(cypher)}{where}",
+        f"featlas query --cypher {shlex.quote(STRONGEST_ON_OUTPUT)}{where}",
         f"featlas analyze circuit --run {run} --edges 100 --by weight{where}",
     )

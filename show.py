@@ -1,17 +1,18 @@
 """A circuit as tables that a person reads, and as a page; what to try next."""
 
+import shlex
 from pathlib import Path
 
 from . import console
 from .analysis.circuits import PathRule, site_summary, top_nodes
 from .analysis.notes import readable
 from .analysis.report import Report, render
+from .queries.subgraphs import STRONGEST_ON_OUTPUT
 
 NEXT_COMMANDS = (
     "featlas query --list",
     "featlas analyze circuit --edges 100 --by weight",
-    "featlas query --cypher 'MATCH (f:Feature)-[i:INFLUENCES]->(y:Feature) WHERE y.kind = \"output\""
-    " RETURN f.site, f.label, i.weight ORDER BY i.weight DESC LIMIT 10'",
+    f"featlas query --cypher {shlex.quote(STRONGEST_ON_OUTPUT)}",
 )
 
 

@@ -271,7 +271,9 @@ def run_circuit(store: GraphStore, run: RunRow, selection: Selection, *, n_edges
     edges = store.read_edges("INFLUENCES" if selection.sequence is None else "ATTRIBUTES", run=run.key)
     if n_edges is not None and edges.height:
         selection = replace(selection, threshold=threshold_for(strengths(edges, selection), n_edges))
-    return extract(edges, model_features(store, run.model), selection)
+    # The run knows which of its sites have no parents; edges alone would take a site that lost all incoming ones for an input.
+    roots = json.loads(str(run.properties.get("settings") or "{}")).get("roots")
+    return extract(edges, model_features(store, run.model), selection, roots=roots)
 
 
 def strongest_paths(circuit: Circuit, n: int = 10, *, rule: PathRule = PathRule.PRODUCT) -> tuple[Path, ...]:

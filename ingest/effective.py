@@ -17,6 +17,7 @@ At one step (α = 1, the clean run) a feature inactive in the clean run gets no 
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import FeatlasError, UserError
 from ..model.binding import Binding, Forward, LocalFunction
@@ -44,6 +46,10 @@ CONSISTENCY = 1e-3
 
 class ZeroGradient(FeatlasError):
     """The metric does not depend on a chosen site: every attribution through it would be zero."""
+
+
+class NotFinite(FeatlasError):
+    """A gradient or a node's change is NaN or infinite: comparisons with it would silently drop or keep edges."""
 
 
 class InconsistentSite(FeatlasError):
@@ -150,6 +156,11 @@ class Candidates:
     error_delta: Tensor  # (cells, d_in)
     live: Tensor  # (cells,) bool: something changed there
 
+    @property
+    def finite(self) -> bool:
+        """Whether every change is a number."""
+        return bool(self.error_delta.isfinite().all()) and all(bool(group.delta.isfinite().all()) for group in self.groups)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -204,6 +215,8 @@ def prepare(
             # Causality: before the first differing token both runs are equal, and rounding must not say otherwise.
             base = torch.where(changed[..., None], corrupt.values[site], run.values[site])
             candidates[site] = _candidates(dictionary, run.values[site], base, settings.baseline, (means or {}).get(site))
+            if not candidates[site].finite:
+                raise NotFinite(f"nodes of {site.name} are not finite in {run.values[site].dtype}: take --dtype float32")
     return Prepared(
         binding, graph, dictionaries, settings, run, dict(run.values), gradients, candidates, clean_metric.detach(), corrupt_metric
     )
@@ -227,6 +240,8 @@ def _clean_run(
         grads = torch.autograd.grad(value.sum(), [run.values[site] for site in wanted])
     gradients = dict(zip(wanted, grads, strict=True))
     for site in wanted:
+        if not gradients[site].isfinite().all():
+            raise NotFinite(f"the gradient of {metric.value} at {site.name} is not finite in {run.logits.dtype}: take --dtype float32")
         if not gradients[site].any():
             raise ZeroGradient(f"the gradient of {metric.value} is zero everywhere at {site.name}: no effect can be attributed through it")
     run.values = {site: x.detach() for site, x in run.values.items()}
@@ -354,7 +369,7 @@ def _rows(prepared: Prepared, site: Site, frontier: Tensor) -> _Rows:
     cotangent = gradient.new_empty(len(cell), gradient.shape[1])
     at, feature = cell[~is_error], index[~is_error]
     first = (gradient[at] * dictionary.W_dec[feature]).sum(-1)  # ∂m/∂f
-    cotangent[~is_error] = dictionary.encoder_rows(value[at], feature) * first[:, None]
+    cotangent[~is_error] = dictionary.active_rows(value[at], feature) * first[:, None]
     at = cell[is_error]
     # error = x − dec(enc(x)), hence ∂(G·error)/∂x = G − (∂enc/∂x)ᵀ W_dec G
     cotangent[is_error] = gradient[at] - dictionary.encode_vjp(value[at], dictionary.project(gradient[at]))
@@ -426,7 +441,7 @@ def _lane_group(prepared: Prepared, function: LocalFunction, rows: _Rows, packin
     leaves = {parent: packing.at_lanes(prepared.values[parent]).requires_grad_() for parent in function.parents}
     constants = {site: packing.at_lanes(prepared.values[site]) for site in function.constants}
     run = prepared.run if packing.length in (None, pos) else prepared.run.shortened(packing.length)
-    with torch.enable_grad():
+    with torch.enable_grad(), _attention_kernels(packing.lanes.device):
         out = function(leaves, constants, run)  # (lanes, length or 1, width)
     _check_consistent(out, packing.at_lanes(prepared.values[function.target]), function.site)
     n_slots = int(packing.slot.max()) + 1
@@ -441,6 +456,11 @@ def _lane_group(prepared: Prepared, function: LocalFunction, rows: _Rows, packin
         row_at = torch.full((n, len(packing.lanes)), -1, device=row.device)
         row_at[slot, lane] = row
         yield from _contract(prepared, dict(zip(leaves, grads, strict=True)), row_at, packing, rows.cell)
+
+
+def _attention_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On CUDA the plain attention kernel, whose backward pass takes a batch of cotangents at once; the fused ones would be looped over."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def _row_bytes(binding: Binding, function: LocalFunction) -> int:
@@ -538,13 +558,14 @@ def _block(prepared: Prepared, site: Site, rows: _Rows, coo: _Coo) -> EdgeBlock:
     pos = prepared.shape[1]
     number = prepared.graph.sites.index(site)
     dest_cell, dest_index = rows.cell[coo.row], rows.index[coo.row]
-    weight = coo.weight.double()
-    columns = [coo.cell // pos, coo.src_site, coo.node, dest_index, coo.cell % pos, dest_cell % pos]
+    # On the host from here on: not every device has float64.
+    weight = coo.weight.cpu().double()
+    columns = [c.cpu() for c in (coo.cell // pos, coo.src_site, coo.node, dest_index, coo.cell % pos, dest_cell % pos)]
     if prepared.settings.positions is not Positions.KEEP:
         columns, weight = _over_positions(columns[:4], weight, prepared.settings.positions)
         columns += [torch.full_like(columns[0], -1)] * 2
-    sequence, src_site, src_index, dest, src_pos, dest_pos = (c.cpu().numpy() for c in columns)
-    return EdgeBlock(sequence, src_site, src_index, src_pos, np.full_like(src_site, number), dest, dest_pos, weight.cpu().numpy())
+    sequence, src_site, src_index, dest, src_pos, dest_pos = (c.numpy() for c in columns)
+    return EdgeBlock(sequence, src_site, src_index, src_pos, np.full_like(src_site, number), dest, dest_pos, weight.numpy())
 
 
 def _over_positions(identity: list[Tensor], weight: Tensor, how: Positions) -> tuple[list[Tensor], Tensor]:

@@ -30,12 +30,12 @@ from ..model.dictionaries import Dictionary
 from ..model.dictionary_sources import load_dictionaries
 from ..model.loading import LoadedModel, load_model
 from ..model.sites import OUTPUT, Site, parse_site
-from ..model.tasks import Pair, PairBatch, batches, load_task
+from ..model.tasks import Pair, PairBatch, Refusal, batches, load_task
 from ..queries import runs
 from ..queries.schema import feature_key, output_key
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore, SequenceCommit, open_graph
-from .effective import Baseline, EdgeBlock, EdgeSettings, NodeMeans, Prepared, attribute, prepare
+from .effective import Baseline, EdgeBlock, EdgeSettings, NodeMeans, attribute, prepare
 from .statistics import node_means
 
 QUEUE_BATCHES = 2
@@ -111,16 +111,23 @@ class _Plan:
     means: Mapping[Site, NodeMeans] | None
 
 
-def ingest_edges(options: EdgeOptions, *, progress: Callable[[Progress], None] | None = None) -> RunSummary:
+def ingest_edges(
+    options: EdgeOptions,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    report: Callable[[str, Refusal], None] | None = None,
+) -> RunSummary:
     """Measure the edges of every sequence of a task and write them; continues where an interrupted run stopped.
+
+    `report` hears of every line of a task's file that is left out (`skip_invalid`).
 
     Raises a `UserError` for options that cannot be met, before anything is written.
     """
     started = time.monotonic()
-    plan = plan_run(options)
+    plan = plan_run(options, report)
     options.atlas.mkdir(parents=True, exist_ok=True)
-    _write_manifest(plan, None)
     with open_graph(options.graph or options.atlas) as store:
+        _write_manifest(plan, None)
         _write_provenance(store, plan)
         done = runs.done_sequences(store, plan.run)
         writer = _Writer(store, plan, len(done), progress, started)
@@ -129,7 +136,8 @@ def ingest_edges(options: EdgeOptions, *, progress: Callable[[Progress], None] |
                 if all(pair.key in done for pair in batch.pairs):
                     continue
                 prepared = prepare(plan.binding, plan.dictionaries, batch, options.settings, plan.means)
-                writer.put(_Measured(batch, prepared, list(attribute(prepared)), done))
+                blocks = list(attribute(prepared))
+                writer.put(_Measured(batch, prepared.clean_metric.tolist(), prepared.corrupt_metric.tolist(), blocks, done))
         finally:
             writer.close()
         n_influences = finish_run(store, plan.run)
@@ -140,7 +148,7 @@ def ingest_edges(options: EdgeOptions, *, progress: Callable[[Progress], None] |
     return summary
 
 
-def plan_run(options: EdgeOptions) -> _Plan:
+def plan_run(options: EdgeOptions, report: Callable[[str, Refusal], None] | None = None) -> _Plan:
     """Load what the options name and fix the run's key."""
     options.settings.check()
     if options.limit < 1:
@@ -150,7 +158,8 @@ def plan_run(options: EdgeOptions) -> _Plan:
     model = load_model(options.model, revision=options.revision, device=options.device, dtype=options.dtype)
     sites = None if options.sites is None else tuple(parse_site(name) for name in options.sites)
     dictionaries = load_dictionaries(options.dictionaries, model, sites=sites, device=options.device, dtype=options.dtype)
-    pairs = tuple(load_task(options.task, model.tokenizer, n=options.limit, seed=options.seed, skip_invalid=options.skip_invalid)[: options.limit])
+    loaded = load_task(options.task, model.tokenizer, n=options.limit, seed=options.seed, skip_invalid=options.skip_invalid, report=report)
+    pairs = tuple(loaded[: options.limit])
     if not pairs:
         raise NothingToDo(f"task {options.task!r} has no sequence to run on")
     binding = bind(model)
@@ -171,6 +180,8 @@ def _run_key(options: EdgeOptions, model: LoadedModel, dictionaries: Mapping[Sit
         "settings": settings,
         "statistics_run": options.statistics_run if options.settings.baseline is Baseline.MEAN else None,
         "pairs": [pair.key for pair in pairs],
+        # Another version may round, or decide, differently: its edges never mix with these.
+        "version": metadata.version("featlas"),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -186,6 +197,7 @@ def _means(options: EdgeOptions, model: LoadedModel, dictionaries: Mapping[Site,
 def _write_provenance(store: GraphStore, plan: _Plan) -> None:
     """Model, run and sequence nodes; a run that was finished before stays as it is until it is finished again."""
     options, model, settings = plan.options, plan.model, plan.options.settings
+    graph = plan.binding.graph(plan.dictionaries)
     described = {name: getattr(model, name) for name in ("key", "name", "revision", "family", "n_layers", "d_model")}
     store.merge_nodes("Model", pl.DataFrame([described]))
     run = {
@@ -200,13 +212,21 @@ def _write_provenance(store: GraphStore, plan: _Plan) -> None:
         "threshold": settings.threshold,
         "max_edges": settings.max_edges,
         "aggregation": settings.positions.value,
+        "status": runs.RUNNING,
         "sites": json.dumps([site.name for site in plan.dictionaries]),
         "seed": options.seed,
         "version": metadata.version("featlas"),
-        "settings": json.dumps({"dtype": options.dtype, "limit": options.limit, "statistics_run": options.statistics_run}),
-    }
-    store.merge_nodes("Run", pl.DataFrame([run], schema_overrides={"max_edges": pl.Int64}))
-    runs.mark_started(store, plan.run)
+        "n_planned": len(plan.pairs),
+        "settings": json.dumps(
+            {
+                "dtype": options.dtype, "limit": options.limit, "statistics_run": options.statistics_run, "batch_size": options.batch_size,
+                "roots": [site.name for site in graph.sites if site != OUTPUT and not graph.parents(site)],
+            }
+        ),
+    }  # fmt: skip
+    # Said once: the same run asked for in other words (another seed over the same file, say) stays the run that it was.
+    if not runs.exists(store, plan.run):
+        store.merge_nodes("Run", pl.DataFrame([run], schema_overrides={"max_edges": pl.Int64}))
     store.merge_edges("OF_MODEL", pl.DataFrame({"source": [plan.run], "target": [model.key]}))
     store.merge_nodes(
         "Sequence",
@@ -221,7 +241,8 @@ class _Measured:
     """One batch's edges, on their way to the writer."""
 
     batch: PairBatch
-    prepared: Prepared
+    clean: list[float]  # the metric on the clean sequences
+    corrupt: list[float]
     blocks: list[EdgeBlock]
     done: frozenset[str]
 
@@ -281,7 +302,6 @@ class _Writer:
         new = self._nodes.unseen(measured.blocks)
         if len(new):
             self.store.merge_nodes("Feature", new)
-        clean, corrupt = measured.prepared.clean_metric.tolist(), measured.prepared.corrupt_metric.tolist()
         by_sequence = dict(frame.partition_by("sequence", as_dict=True, include_key=False)) if len(frame) else {}
         empty = frame.drop("sequence").clear()
         commits = []
@@ -289,7 +309,7 @@ class _Writer:
             if pair.key in measured.done:
                 continue
             edges = by_sequence.get((i,), empty)
-            mark = {"status": "done", "n_edges": len(edges), "metric_clean": clean[i], "metric_corrupt": corrupt[i]}
+            mark = {"status": "done", "n_edges": len(edges), "metric_clean": measured.clean[i], "metric_corrupt": measured.corrupt[i]}
             commits.append(SequenceCommit(self.plan.run, pair.key, edges, mark))
         self.store.commit_sequences(commits)
         self.edges += sum(len(c.edges) for c in commits)
@@ -382,7 +402,9 @@ class _NodeTable:
 
 
 def finish_run(store: GraphStore, run: str) -> int:
-    """Derive `INFLUENCES` from the run's committed edges and close the run; the number of aggregated edges.
+    """Derive `INFLUENCES` from the run's committed edges; closes the run if all its planned sequences are done.
+
+    Returns the number of aggregated edges.
 
     Positions are summed within each sequence first; mean and variance (population) are over all done sequences, an
     absent edge counting 0. Edges that fell under the threshold or the limit of a sequence count 0 there too, so that
@@ -394,7 +416,7 @@ def finish_run(store: GraphStore, run: str) -> int:
     influences = aggregate(store.read_edges("ATTRIBUTES", run=run), n_done).with_columns(run=pl.lit(run))
     if len(influences):
         store.merge_edges("INFLUENCES", influences)
-    runs.mark_finished(store, run, n_sequences=n_done)
+    runs.record_counts(store, run, n_sequences=n_done)
     return len(influences)
 
 

@@ -296,7 +296,7 @@ def node_means(store: StatisticsStore, run: str | None, model: LoadedModel, dict
     if run is None:
         raise BadStatisticsOptions("--baseline mean needs --statistics-run: run `featlas ingest statistics` first, it prints the run's name")
     found = {site: store.baseline_means(run, site.name, dictionary.id, model=model.key) for site, dictionary in dictionaries.items()}
-    return {site: NodeMeans(torch.as_tensor(m.features), torch.as_tensor(m.error)) for site, m in found.items()}
+    return {site: NodeMeans(torch.tensor(m.features), torch.tensor(m.error)) for site, m in found.items()}
 
 
 def plan_run(

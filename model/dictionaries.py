@@ -123,6 +123,10 @@ class Dictionary(ABC):
             chosen = self.encode(leaf).gather(1, index[:, None]).sum()
         return torch.autograd.grad(chosen, leaf)[0]
 
+    def active_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        """`encoder_rows` where feature index[r] is known to be active at x[r]: most kinds need not look at x then."""
+        return self.encoder_rows(x, index)
+
     def encode_vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
         """Row r is Σ_j cotangent[r, j] · ∂node_j/∂x at x[r]; x (n, d_in), cotangent (n, d_sae) → (n, d_in)."""
         with torch.enable_grad():
@@ -194,6 +198,12 @@ class _SparseDictionary(Dictionary):
             mask = self.active(x).gather(1, index[:, None])[:, 0]
         factor = mask.to(rows.dtype) if self.gain is None else mask * self.gain[index]
         return self._project(rows * factor[:, None])
+
+    def active_rows(self, x: Tensor, index: Tensor) -> Tensor:
+        if self.input.normalisation is not Normalisation.NONE:
+            return super().active_rows(x, index)
+        rows = self.encoder[index]  # (n, d_in)
+        return self._project(rows if self.gain is None else rows * self.gain[index][:, None])
 
     def encode_vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
         if self.input.normalisation is not Normalisation.NONE:

@@ -107,13 +107,13 @@ _NODES = (
         indexed=("site", "kind"),
     ),
     NodeLabel("Sequence", {"task": STRING, "clean": STRING, "corrupt": STRING, "answer": STRING, "wrong_answer": STRING}, indexed=("task",)),
-    # `settings` is the JSON of every argument of the run, for what has no column of its own.
+    # `settings` is JSON for what has no column of its own: dtype, limit, batch size, statistics run, the sites without parents (`roots`).
     NodeLabel(
         "Run",
         {
             "model": STRING, "dictionaries": STRING, "task": STRING, "method": STRING, "steps": INT64, "metric": STRING, "baseline": STRING,
             "threshold": DOUBLE, "max_edges": INT64, "aggregation": STRING, "sites": STRING, "status": STRING, "seed": INT64, "version": STRING,
-            "n_sequences": INT64, "n_edges": INT64, "settings": STRING,
+            "n_planned": INT64, "n_sequences": INT64, "n_edges": INT64, "settings": STRING,
         },
     ),
     NodeLabel(

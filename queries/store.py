@@ -183,6 +183,12 @@ def open_graph(target: str | Path, *, credentials: ServerCredentials | None = No
     if is_server(target):
         if not str(target).startswith(SERVER_SCHEMES):
             raise NotAGraph(f"{target}: a server's URI begins with one of {', '.join(SERVER_SCHEMES)}; anything without :// is a path")
+        if "@" in str(target):
+            scheme, _, rest = str(target).partition("://")
+            raise NotAGraph(
+                f"{scheme}://…@{rest.rpartition('@')[2]}: a name or password in the address would be shown in logs and lists of processes: "
+                "give them as NEO4J_USERNAME and NEO4J_PASSWORD"
+            )
         from .server import Neo4jStore
 
         return Neo4jStore(str(target), credentials or ServerCredentials.from_environment(), read_only=read_only)

@@ -9,6 +9,12 @@ import polars as pl
 from ..errors import UserError
 from .store import GraphStore
 
+STRONGEST_ON_OUTPUT = (
+    'MATCH (f:Feature)-[i:INFLUENCES]->(y:Feature) WHERE y.kind = "output"'
+    " RETURN f.site, f.label, i.weight ORDER BY i.weight DESC LIMIT 10"
+)
+"""A first question of one's own: which nodes move the output most. Shown as an example of what --cypher takes."""
+
 
 class UnknownRun(UserError):
     """The graph has no such run, or the name fits several."""

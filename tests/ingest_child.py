@@ -4,11 +4,13 @@
 """
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 from featlas.ingest.effective import EdgeSettings, Positions
-from featlas.ingest.pipeline import EdgeOptions, ingest_edges
+from featlas.ingest.pipeline import EdgeOptions, Progress, ingest_edges
 
 
 def options_of(described: dict[str, object]) -> EdgeOptions:
@@ -19,5 +21,15 @@ def options_of(described: dict[str, object]) -> EdgeOptions:
 
 if __name__ == "__main__":
     options = options_of(json.loads(Path(sys.argv[1]).read_text()))
-    ingest_edges(options, progress=lambda p: print(p.done, flush=True))
+    stop_after = int(os.environ.get("STOP_AFTER", "0"))
+    reports = []
+
+    def report(progress: Progress) -> None:
+        """Say how far it is; after the given number of times, wait to be killed."""
+        reports.append(progress)
+        print(progress.done, flush=True)
+        if len(reports) == stop_after:
+            time.sleep(600)
+
+    ingest_edges(options, progress=report)
     print("finished", flush=True)

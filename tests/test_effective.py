@@ -58,6 +58,8 @@ def assert_equal(ours, theirs, tolerance=1e-5):
     scale = {}
     for (*_, dest, _, _), w in theirs.items():
         scale[dest] = max(scale.get(dest, 0.0), abs(w))
+    clear = {key for key, w in theirs.items() if abs(w) > tolerance * scale[key[4]]}
+    assert clear <= ours.keys(), f"{len(clear - ours.keys())} edges are missing"
     for key in ours.keys() | theirs.keys():
         difference = abs(ours.get(key, 0.0) - theirs.get(key, 0.0))
         assert difference <= tolerance * scale.get(key[4], 0.0), (key, ours.get(key), theirs.get(key), scale.get(key[4]))
@@ -217,8 +219,8 @@ def test_no_edge_where_the_architecture_has_none():
     assert all(k[3] == k[6] for k in local), "a position-local site reads another position"
 
 
-def test_a_model_worked_by_hand():
-    """identity dictionaries on the last two sites of a linear path: effect = w_y[i] · J[i, u] · Δu, here with J = 1."""
+def test_a_sum_is_read_with_weight_one():
+    """Identity dictionaries on a sum: the effect of dimension i of an addend through dimension i of the sum is G[i] · Δ[i], and no other."""
     binding, _, batch = setting("llama", "identity", ("resid_1",))
     dictionaries = setting("llama", "identity", ("attn_1", "mlp_1", "resid_1"))[1]
     prepared = prepare(binding, dictionaries, batch, KEEP)

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 from featlas.errors import UserError
 from featlas.ingest import pipeline
-from featlas.ingest.effective import EdgeSettings, Positions, attribute, prepare
+from featlas.ingest.effective import Baseline, EdgeSettings, Positions, attribute, prepare
 from featlas.ingest.pipeline import EdgeOptions, aggregate, finish_run, ingest_edges, plan_run
+from featlas.ingest.statistics import StatisticsOptions, measure_statistics, pair_corpus
+from featlas.model.sites import Basis, parse_site
 from featlas.model.tasks import batches
+from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import StoreUnreachable, open_graph
 
 from .micro import save_tiny
@@ -119,7 +123,9 @@ def test_a_killed_run_resumes_to_the_same_graph(tiny, tmp_path, graph, kill_afte
     }  # fmt: skip
     (tmp_path / "options.json").write_text(json.dumps(described))
     command = [sys.executable, "-m", "tests.ingest_child", str(tmp_path / "options.json")]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # The child stops by itself after so many batches, so that the kill always comes in the middle.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STOP_AFTER": str(kill_after)}
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
     for _ in range(kill_after):
         assert child.stdout.readline().strip().isdigit()
     child.send_signal(signal.SIGKILL)
@@ -128,7 +134,11 @@ def test_a_killed_run_resumes_to_the_same_graph(tiny, tmp_path, graph, kill_afte
     assert "finished" not in rest
     with open_graph(graph or tmp_path / "killed") as store:
         done = len(store.read_edges("ON_SEQUENCE"))
-    assert 0 < done < N_PAIRS
+        assert 0 < done < N_PAIRS
+        # Finishing early derives what there is, and does not call the run done.
+        (run,) = store.query("MATCH (r:Run) RETURN r.key AS key")["key"]
+        finish_run(store, run)
+        assert store.query("MATCH (r:Run) RETURN r.status AS status, r.n_sequences AS n").rows() == [("running", done)]
     resumed = ingest_edges(options(tiny, tmp_path / "killed", graph))
     assert resumed.n_skipped == done
     assert_same(reference, snapshot(tmp_path / "killed", graph, resumed.run))
@@ -205,6 +215,44 @@ def test_an_error_of_the_writer_stops_the_run_and_leaves_whole_sequences(tiny, t
     assert resumed.n_skipped == 8
     whole = ingest_edges(options(tiny, tmp_path / "whole"))
     assert_same(snapshot(tmp_path / "whole", None, whole.run), snapshot(tmp_path / "broken", None, whole.run))
+
+
+def test_the_same_pairs_in_other_words_are_the_same_run(tiny, tmp_path):
+    """A file's pairs do not depend on the seed: the run keeps what was said of it first."""
+    first = ingest_edges(options(tiny, tmp_path))
+    again = ingest_edges(options(tiny, tmp_path, seed=99))
+    assert again.run == first.run
+    with open_graph(tmp_path) as store:
+        assert store.query("MATCH (r:Run) RETURN r.seed AS seed").rows() == [(0,)]
+
+
+def test_left_out_lines_are_told(tiny, tmp_path):
+    task = tmp_path / "pairs.jsonl"
+    lines = (tiny / "task.jsonl").read_text().splitlines()
+    task.write_text("\n".join([*lines[:3], '{"clean": "w1"}']) + "\n")
+    told = []
+    summary = ingest_edges(options(tiny, tmp_path, task=str(task), skip_invalid=True), report=lambda path, refusal: told.append(refusal.line))
+    assert (summary.n_sequences, told) == (3, [4])
+
+
+def test_the_mean_baseline_takes_a_statistics_runs_means(tiny, tmp_path):
+    chosen = options(tiny, tmp_path, settings=EdgeSettings(positions=Positions.KEEP, baseline=Baseline.MEAN), limit=3)
+    plan = plan_run(options(tiny, tmp_path, limit=3))
+    statistics_options = StatisticsOptions(second_moments=False)
+    corpus = pair_corpus("tiny", plan.pairs, plan.model.tokenizer, statistics_options)
+    with StatisticsStore(tmp_path) as statistics:
+        record = measure_statistics(statistics, plan.model, plan.dictionaries, corpus, statistics_options)
+    with pytest.raises(UserError, match="--statistics-run"):
+        ingest_edges(chosen)
+    chosen = replace(chosen, statistics_run=record.run)
+    means = plan_run(chosen).means
+    texts = [text for pair in plan.pairs for text in (pair.clean, pair.corrupt)]
+    site = parse_site("resid_1")
+    values = torch.cat(
+        [plan.binding.forward(plan.model.tokenizer(t, return_tensors="pt")["input_ids"], {site: Basis.RESIDUAL}).values[site][0] for t in texts]
+    )
+    torch.testing.assert_close(means[site].features.float(), values.mean(0), rtol=1e-4, atol=1e-5)
+    assert ingest_edges(chosen).n_edges > 0
 
 
 def test_the_manifest_says_how_the_run_was_made(tiny, tmp_path):
