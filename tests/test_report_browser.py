@@ -9,10 +9,10 @@ from featlas.analysis.circuits import PathRule, strongest_paths
 from featlas.analysis.report import Report, render
 from playwright.sync_api import Page, sync_playwright
 
+from .chromium import CHROMIUM
 from .layered_circuit import HOSTILE, layered_circuit
 
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM.exists(), reason="/usr/bin/chromium is not installed")]
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
 _PLACE = """() => {
   const plot = document.getElementById("circuit"), trace = plot.data.findIndex((t) => t.name === "feature");
