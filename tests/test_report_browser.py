@@ -1,7 +1,6 @@
 """The page in a real browser, from a file, with nothing to be fetched."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import polars as pl
 import pytest
