@@ -627,13 +627,17 @@ def query_command(
         console.table(("query", "parameters", "what it answers"), [(q.name, "; ".join(map(str, q.parameters)), q.doc) for q in list_queries()])
         return
     if (name is None) == (cypher is None):
-        raise NotBoth("give the name of a query (see `featlas query --list`), or Cypher of your own with --cypher")
+        both = "both were given" if cypher is not None else "neither was given"
+        raise NotBoth(f"give the name of a query (see `featlas query --list`) or Cypher of your own with --cypher: {both}")
     given = dict(_split_parameter(text) for text in param or [])
     with _open_graph(atlas, graph, write=write) as store:
         if cypher is not None:
             answer = store.query(cypher, {key: _typed(value) for key, value in given.items()}, write=write)
         else:
             answer = run_query(store, str(name), given)
+    if answer.is_empty() and given:
+        asked = ", ".join(f"{key}={value}" for key, value in given.items())
+        console.note(f"no rows for {asked}: keys must be whole; `featlas query find_features` finds those of features")
     console.write_frame(answer, format, output)
 
 

@@ -300,8 +300,11 @@ class _Writer:
     def _write(self, measured: _Measured) -> None:
         frame = self._nodes.edges(measured.blocks)
         new = self._nodes.unseen(measured.blocks)
-        if len(new):
-            self.store.merge_nodes("Feature", new)
+        # Features are named later, by people or by their contexts: their label is not touched here.
+        own_name = pl.col("kind") != "feature"
+        for nodes in (new.filter(~own_name).drop("label"), new.filter(own_name)):
+            if len(nodes):
+                self.store.merge_nodes("Feature", nodes)
         by_sequence = dict(frame.partition_by("sequence", as_dict=True, include_key=False)) if len(frame) else {}
         empty = frame.drop("sequence").clear()
         commits = []
@@ -348,20 +351,21 @@ class _NodeTable:
             layer=pl.lit(site.layer, dtype=pl.Int64),
             kind=pl.when(pl.col("index") < n).then(pl.lit("feature")).otherwise(pl.lit("error")),
             index=pl.when(pl.col("index") < n).then(pl.col("index").cast(pl.Int64)).otherwise(pl.lit(-1, dtype=pl.Int64)),
+            label=pl.when(pl.col("index") == n).then(pl.lit(f"error of {site.name}")),
         )
 
     def _output_frame(self) -> pl.DataFrame:
         model = self.plan.model
         row = {
             "key": output_key(model.key, self.plan.options.settings.metric.value), "model": model.key, "dictionary": "-", "site": OUTPUT.name,
-            "layer": OUTPUT.layer, "kind": "output", "index": -1,
+            "layer": OUTPUT.layer, "kind": "output", "index": -1, "label": self.plan.options.settings.metric.value.replace("_", " "),
         }  # fmt: skip
         return pl.DataFrame([row], schema=self._schema())
 
     @staticmethod
     def _schema() -> dict[str, Any]:
         text = dict.fromkeys(("key", "model", "dictionary", "site"), pl.String)
-        return {**text, "layer": pl.Int64, "kind": pl.String, "index": pl.Int64}
+        return {**text, "layer": pl.Int64, "kind": pl.String, "index": pl.Int64, "label": pl.String}
 
     def _numbers(self, block: EdgeBlock) -> tuple[torch.Tensor, torch.Tensor]:
         src = self._offset_of[torch.from_numpy(block.src_site)] + torch.from_numpy(block.src_index)

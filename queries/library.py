@@ -124,23 +124,30 @@ def load_query(name: str) -> NamedQuery:
 
 
 def run_query(store: GraphStore, name: str, given: Mapping[str, object] | None = None) -> pl.DataFrame:
-    """Answer a named query. A `run` that is left out is the graph's only run, where it has just one.
+    """Answer a named query. A `run` may be the beginning of a run's key; left out, it is the graph's only run, where it has just one.
 
     Raises `UnknownQuery` or `BadParameters`.
     """
     query = load_query(name)
     given = dict(given or {})
-    if "run" not in given and any(parameter.name == "run" for parameter in query.parameters):
-        runs = store.query(load_query("runs").text_for(store.dialect))["run"].to_list()
-        if len(runs) != 1:
-            there = f"the graph has {', '.join(runs[:5])}{', …' if len(runs) > 5 else ''}" if runs else "the graph has no run yet"
-            raise BadParameters(f"parameter 'run' is missing, and {there}: see the query runs")
-        given["run"] = runs[0]
+    if any(parameter.name == "run" for parameter in query.parameters):
+        given["run"] = _run_key(store, given.get("run"))
     values, text = query.bind(given), query.text_for(store.dialect)
     for parameter in query.parameters:
         if parameter.kind is ParameterKind.COUNT:
             text = re.sub(rf"\${parameter.name}\b", str(values.pop(parameter.name)), text)
     return store.query(text, values)
+
+
+def _run_key(store: GraphStore, given: object) -> str:
+    """The one run that `given` begins, or the only one where nothing is given."""
+    runs = [str(key) for key in store.query("MATCH (r:Run) RETURN r.key AS run ORDER BY run")["run"]]
+    fitting = [key for key in runs if given is None or key == given] or [key for key in runs if key.startswith(str(given))]
+    if len(fitting) == 1:
+        return fitting[0]
+    there = f"the graph has {', '.join(runs[:5])}{', …' if len(runs) > 5 else ''}" if runs else "the graph has no run yet"
+    said = "parameter 'run' is missing" if given is None else f"no run {given!r}" if not fitting else f"run {given!r} fits several"
+    raise BadParameters(f"{said}, and {there}: see the query runs")
 
 
 @cache

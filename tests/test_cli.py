@@ -203,6 +203,14 @@ def test_query_formats_and_refused_writes(atlas: Path, tmp_path: Path) -> None:
     assert status == "status\nbroken\n"
 
 
+def test_a_run_that_is_not_there_is_a_mistake_and_no_rows_are_said(atlas: Path) -> None:
+    mistake(featlas("query", "hubs", "--param", "run=nope", "--atlas", atlas), 2, "nope", "abc123")
+    assert featlas("query", "hubs", "--param", "run=abc", "--atlas", atlas).returncode == 0  # the beginning of the key is enough
+    done = featlas("query", "feature_inputs", "--param", "feature=nope", "--atlas", atlas, "--format", "json")
+    assert json.loads(done.stdout) == []
+    assert "feature=nope" in done.stderr
+
+
 def test_wrong_query_shows_the_databases_message(atlas: Path) -> None:
     done = featlas("query", "--cypher", "MATCH (f:Feature RETURN f", "--atlas", atlas)
     assert done.returncode == 2
