@@ -97,6 +97,7 @@ def test_equal_to_the_definition_with_sites_left_out_and_late_starts(names):
     assert_equal(engine_edges(*case, KEEP), naive_edges(*case, KEEP))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [1e-3, 1e-2])
 @pytest.mark.parametrize("max_edges", [None, 3])
 def test_threshold_and_limit_act_before_expansion_as_in_the_definition(threshold, max_edges):
