@@ -105,7 +105,7 @@ class Units:
         """The nodes of a unit, ascending, the error node (`ERROR`) first; of y 0."""
         if unit == self.output:
             return torch.zeros(1, dtype=torch.int64)
-        own = self.of[self.graph.sites[int(self.site_of[unit])]]  # type: ignore[index]
+        own = self.of[self.graph.sites[int(self.site_of[unit])]]
         nodes = (own == unit).nonzero().flatten()
         return torch.where(nodes == len(own) - 1, ERROR, nodes).sort().values
 
