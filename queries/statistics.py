@@ -589,6 +589,28 @@ class StatisticsStore:
             [run, limit],
         )
 
+    # -- rows of other modules of queries --------------------------------------------------------------------
+
+    def rewrite(self, column: str, value: str, frames: Mapping[str, pl.DataFrame]) -> None:
+        """In one transaction: the rows of each table whose `column` is `value` are replaced by its frame, which gets the column.
+
+        Tables and column are always names from the package's own layout, never a user's text.
+        """
+        with self.transaction():
+            for table, frame in frames.items():
+                self._run(f"DELETE FROM {table} WHERE {column} = ?", [value])
+                self._insert(table, frame.with_columns(pl.lit(value).alias(column)))
+
+    def replace(self, table: str, rows: pl.DataFrame, identity: Sequence[str]) -> None:
+        """In one transaction: rows added in place of those of the same identity; names as in `rewrite`."""
+        with self.transaction():
+            self._replace(table, rows, identity)
+
+    @staticmethod
+    def now() -> datetime:
+        """The time as it is kept here: UTC without a zone."""
+        return _now()
+
     # -- scores ----------------------------------------------------------------------------------------------
 
     def write_scores(self, scores: pl.DataFrame, sizes: pl.DataFrame | None = None) -> None:
