@@ -278,6 +278,10 @@ def _missing(connection: ladybug.Connection, tables: Collection[str]) -> Iterato
         known = {row[0] for row in _run(connection, f"CALL table_info('{table.name}') RETURN name").get_all()}
         properties = table.all_columns if isinstance(table, NodeLabel) else table.properties
         yield from (f"ALTER TABLE {table.name} ADD `{name}` {column}" for name, column in properties.items() if name not in known)
+        if isinstance(table, EdgeType):
+            rows = _run(connection, f"CALL show_connection('{table.name}') RETURN `source table name`, `destination table name`").get_all()
+            joined = {tuple(row) for row in rows}
+            yield from (f"ALTER TABLE {table.name} ADD FROM {source} TO {target}" for source, target in table.ends if (source, target) not in joined)
 
 
 # Handles

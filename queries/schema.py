@@ -93,9 +93,12 @@ class EdgeType:
         return (*names, "source", "target", *(name for name in self.identity if name not in names))
 
 
-_PARTITION = {"run": STRING, "method": STRING, "basis": STRING, "site": STRING, "level": INT64}
+_PARTITION = {
+    "parcellation": STRING, "run": STRING, "model": STRING, "dictionary": STRING, "method": STRING, "basis": STRING, "site": STRING, "level": INT64,
+}  # fmt: skip
 _ABLATION = {"ablation_effect": DOUBLE, "ablation_metric": STRING, "ablation_baseline": STRING}
 _FEATURES = (("Feature", "Feature"),)
+_BLOCKS = (("Block", "Block"),)
 
 _NODES = (
     NodeLabel("Meta", {"value": STRING}),
@@ -138,8 +141,21 @@ _NODES = (
             "seed": INT64, "value": DOUBLE, "low": DOUBLE, "high": DOUBLE, "n": INT64, "undefined_n": INT64, "task": STRING, "method": STRING,
         },
     ),
-    NodeLabel("Partition", {**_PARTITION, "n_blocks": INT64}),
-    NodeLabel("Block", {**_PARTITION, "index": INT64, "size": INT64, "label": STRING, "mean_cosine": DOUBLE}),
+    # The partition of one site's features: `run` is the run of samples, `level` the one that regions are; `settings` and `notes` are JSON.
+    NodeLabel("Partition", {**_PARTITION, "n_blocks": INT64, "settings": STRING, "notes": STRING}),
+    # A set of nodes of one site. `kind` is roi, dead (features never or hardly active), error, head, whole (all features of a site that has no
+    # partition), output or community; `chosen` says whether its level is the chosen one. Only regions and communities have a `level` and an `index`,
+    # the others stand at all levels, -1. `label` is what people call it, else `automatic_label`; `top_features` and `contexts` are JSON lists.
+    NodeLabel(
+        "Block",
+        {
+            **_PARTITION, "kind": STRING, "chosen": BOOL, "index": INT64, "size": INT64, "label": STRING, "automatic_label": STRING,
+            "mean_correlation": DOUBLE, "mean_correlation_outside": DOUBLE, "mean_cosine": DOUBLE, "mean_cosine_outside": DOUBLE,
+            "frequency": DOUBLE, "member_frequency": DOUBLE, "mean_activation": DOUBLE, "task": STRING, "task_share": DOUBLE, "task_entropy": DOUBLE,
+            "top_features": STRING, "contexts": STRING,
+        },
+        indexed=("parcellation",),
+    ),
 )
 
 _EDGES = (
@@ -154,14 +170,20 @@ _EDGES = (
     EdgeType("CORRELATES", _FEATURES, {"run": STRING, "basis": STRING}, {"r": DOUBLE}, indexed=("run",)),
     EdgeType("WIRED", _FEATURES, {"path": STRING}, {"weight": DOUBLE}),
     # What the metric loses without this node, m(C) - m(C without it), or without this edge.
-    EdgeType("IN_CIRCUIT", (("Feature", "Circuit"),), {}, {"role": STRING, **_ABLATION}),
-    EdgeType("CIRCUIT_EDGE", _FEATURES, {"circuit": STRING}, {"weight": DOUBLE, "strength": DOUBLE, **_ABLATION}, indexed=("circuit",)),
+    EdgeType("IN_CIRCUIT", (("Feature", "Circuit"), ("Block", "Circuit")), {}, {"role": STRING, **_ABLATION}),
+    EdgeType(
+        "CIRCUIT_EDGE", (*_FEATURES, *_BLOCKS), {"circuit": STRING}, {"weight": DOUBLE, "strength": DOUBLE, **_ABLATION}, indexed=("circuit",)
+    ),
     # What the metric loses when this node alone is at its baseline in the whole model: the mean of m(M) - m(M without it) over `n` sequences.
     EdgeType("ABLATED", (("Feature", "Run"),), {"metric": STRING, "baseline": STRING}, {"effect": DOUBLE, "n": INT64}),
     EdgeType("SCORED", (("Circuit", "Score"), ("Block", "Score")), {}, {}),
     EdgeType("MEMBER_OF", (("Feature", "Block"),), {}, {}),
     EdgeType("PART_OF", (("Block", "Block"), ("Block", "Partition")), {}, {}),
-    EdgeType("DRIVES", (("Block", "Block"),), {"run": STRING}, {"weight_sum": DOUBLE, "weight_mean": DOUBLE, "n": INT64}, indexed=("run",)),
+    # Attribution between sets of nodes in a run: `weight_sum` is the mean over sequences of the sum over all edges between members, `weight_mean`
+    # the same per pair of members, `abs_sum` the mean magnitude of the sum; `n` sequences have any.
+    EdgeType(
+        "DRIVES", _BLOCKS, {"run": STRING}, {"weight_sum": DOUBLE, "weight_mean": DOUBLE, "abs_sum": DOUBLE, "n": INT64}, indexed=("run",)
+    ),
     EdgeType("MATCHES", _FEATURES, {"method": STRING}, {"score": DOUBLE}),
     # The mark that a sequence is done: at most one between a run and a sequence.
     EdgeType(
@@ -201,6 +223,16 @@ def feature_key(model_key: str, dictionary_id: str, site: object, index: int | s
 def output_key(model_key: str, target: str) -> str:
     """The key of the output node `y` whose value is `target` (for example a metric's name)."""
     return f"{model_key}|-|y|{target}"
+
+
+def partition_key(parcellation: str, site: object) -> str:
+    """The key of the partition of one site, `parcellation|site`."""
+    return f"{parcellation}|{site}"
+
+
+def block_key(parcellation: str, site: object, kind: str, level: int = -1, index: int = -1) -> str:
+    """The key of a block, `parcellation|site|kind|level|index`; level and index are -1 for those that stand at all levels."""
+    return f"{parcellation}|{site}|{kind}|{level}|{index}"
 
 
 def mark_key(run: str, sequence: str) -> str:

@@ -292,7 +292,8 @@ class StatisticsStore:
         try:
             self._run(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
         finally:
-            self._connection.unregister("incoming")
+            with suppress(duckdb.Error):  # refused in a transaction that has failed: the first error is what counts
+                self._connection.unregister("incoming")
 
     # -- runs ------------------------------------------------------------------------------------------------
 
