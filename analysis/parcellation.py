@@ -139,16 +139,25 @@ class Parcellation:
         Sites that have no partition are one unit for all features and one for the error node. Raises `NotAPartition` where a partition is of
         another dictionary.
         """
-        labels, names = {}, {}
-        for site in graph.sites:
-            if site == OUTPUT:
-                continue
-            dictionary, own = dictionaries[site], self.sites.get(site.name)
+        for site, dictionary in dictionaries.items():
+            own = self.sites.get(site.name)
             if own is not None and (own.dictionary, own.d_sae) != (dictionary.id, dictionary.d_sae):
                 raise NotAPartition(f"the partition of {site.name} is of dictionary {own.dictionary}, not {dictionary.id}: find regions anew for it")
-            blocks = np.zeros(dictionary.d_sae, dtype=np.int64) if own is None else own.labels_of(level)
-            labels[site], names[site] = unit_labels(site.name, blocks, whole=own is None)
-        return Units.from_labels(graph, labels, names)
+        return units_of(graph, dictionaries, {name: own.labels_of(level) for name, own in self.sites.items()})
+
+
+def units_of(graph: SiteGraph, dictionaries: Mapping[Any, Dictionary], blocks: Mapping[str, IntArray]) -> Units:
+    """Units of a site graph from blocks of features by site, (d_sae,) with −1 for dead ones; sites without blocks are one unit for all features.
+
+    Each site's dead features are one unit, and its error node is one.
+    """
+    labels, names = {}, {}
+    for site in graph.sites:
+        if site != OUTPUT:
+            own = blocks.get(site.name)
+            given = np.zeros(dictionaries[site].d_sae, dtype=np.int64) if own is None else own
+            labels[site], names[site] = unit_labels(site.name, given, whole=own is None)
+    return Units.from_labels(graph, labels, names)
 
 
 def unit_labels(site: str, blocks: IntArray, *, whole: bool = False) -> tuple[torch.Tensor, list[str]]:

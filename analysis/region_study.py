@@ -1,0 +1,404 @@
+"""Regions put to the test: is a set of features that fire together also a part of the model that does something?
+
+Every partition of the model's nodes is put to the same tests, by the same engine: regions of interest, attention heads where the sites have
+them, single features, random blocks of equal sizes. Error nodes, dead features, and all of a site that was not partitioned are units of their
+own, and are ranked, kept and cut like the others.
+
+1. `keeping`: only the units of greatest attribution are alive (node ablation), by growing share of the live features; the complement is the
+   model with those units cut, in order of attribution.
+2. `region_circuits`: circuits of units, the strongest edges between them, pruned (edge ablation).
+3. `removals`: one unit at a time at its baseline, and what each task loses: the task × block matrix; `drive_removals` cuts one edge between
+   units at a time.
+4. `selectivity`: how much of what a block breaks is one task's alone, beside random blocks of the same sizes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from ..errors import UserError
+from ..model.sites import OUTPUT
+from ..model.tasks import Pair
+from ..model.units import UnitEdges, Units
+from .faithfulness import DEFAULT_BOOTSTRAP, HELD_OUT, VALUES, Averaging, Bootstrap, checked, faithfulness
+from .study import Study, Trial, measure
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+"""Shares of the live features that are kept unless told otherwise."""
+
+EDGE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""Shares of the edges between units that are kept unless told otherwise."""
+
+REGIONS, HEADS, FEATURES, RANDOM = "regions", "heads", "features", "random blocks"
+"""Names of partitions under test."""
+
+MATRIX = {
+    "task": pl.String(), "removed": pl.String(), "method": pl.String(), "unit": pl.Int64(), "n_features": pl.Int64(), "value": pl.Float64(),
+    "low": pl.Float64(), "high": pl.Float64(), "n": pl.Int64(), "undefined_n": pl.Int64(), "lost": pl.Float64(),
+}  # fmt: skip
+"""What `removal_matrix` returns. value: the share of the task's effect that is lost, 1 − φ of the model without the unit; lost: the same in the
+metric's units, m(M) − m(M without it)."""
+
+
+class NothingToTest(UserError):
+    """No unit, or too few tasks, to say anything of."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drives:
+    """Attribution between units, over sequences. mean, strength, n: (units + 1, units + 1), source × target, y last: the mean over sequences of the
+    sum over member edges, the mean of its magnitude, and in how many sequences it is not 0. by_task: strength on each task's sequences alone."""
+
+    units: Units
+    mean: FloatArray
+    strength: FloatArray
+    n: IntArray
+    n_sequences: int
+    by_task: Mapping[str, FloatArray]
+
+    @property
+    def per_member(self) -> FloatArray:
+        """`mean` over the number of member pairs, so that size does not decide."""
+        sizes = self.units.sizes.numpy().astype(float)
+        return self.mean / np.outer(sizes, sizes)
+
+    @property
+    def edges(self) -> tuple[IntArray, IntArray]:
+        """Source and target of every edge that the architecture has and that has an effect, strongest first."""
+        strength = np.where(self.units.joined.numpy(), self.strength, 0.0)
+        source, target = np.nonzero(strength)
+        order = np.argsort(-strength[source, target], kind="stable")
+        return source[order], target[order]
+
+
+@dataclass(frozen=True, eq=False)
+class Contestant:
+    """A partition of the model's nodes under test. method: its name. draw: the seed of a random one.
+
+    effects: (sequences, units): each unit's attribution to the metric, summed over its members. tasks (sequences,). live: (units,): how many of
+    its features are live, which is its size; error nodes, dead features and sites without a partition count 0.
+    """
+
+    method: str
+    units: Units
+    effects: FloatArray
+    tasks: Sequence[str]
+    live: IntArray
+    drives: Drives | None = None
+    draw: int = 0
+
+    @cached_property
+    def strength(self) -> FloatArray:
+        """The mean over sequences of the magnitude of each unit's attribution, (units,)."""
+        return np.abs(self.effects).mean(axis=0)
+
+    @cached_property
+    def by_task(self) -> dict[str, FloatArray]:
+        """`strength` on each task's sequences alone."""
+        tasks = np.array(self.tasks)
+        return {task: np.abs(self.effects[tasks == task]).mean(axis=0) for task in sorted(set(self.tasks))}
+
+    def ranking(self, *, per_member: bool = False) -> IntArray:
+        """The units that have any attribution, strongest first; `per_member`: by the mean over live members, so that size does not decide."""
+        strength = self.strength / np.maximum(self.live, 1) if per_member else self.strength
+        order = np.argsort(-strength, kind="stable")
+        return order[self.strength[order] > 0]
+
+
+def live_members(units: Units, live: Mapping[str, IntArray]) -> IntArray:
+    """How many live features each unit has, (units,). live: of each partitioned site its live features; other sites' units count none."""
+    found = np.zeros(len(units), dtype=np.int64)
+    for site, own in units.of.items():
+        if site.name in live:
+            found += np.bincount(own[:-1].numpy()[live[site.name]], minlength=len(units))
+    return found
+
+
+# --- keeping the strongest units ---------------------------------------------------------------------------------------
+
+
+KEPT = {
+    "method": pl.String(), "ablation": pl.String(), "size": pl.Int64(), "draw": pl.Int64(), "share": pl.Float64(), "n_units": pl.Int64(),
+    "n_features": pl.Int64(), "n_edges": pl.Int64(),
+}  # fmt: skip
+"""What a trial keeps alive: `share` of the live features (or edges between units) was asked for, `size` features (edges) are that, and so many
+units with so many live features it came to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A trial and what it keeps alive."""
+
+    trial: Trial
+    share: float
+    n_units: int
+    n_features: int
+    n_edges: int = 0
+
+    def row(self, draws: int, drawn: int) -> dict[str, object]:
+        """Its row of `KEPT`, for one of the baseline's draws."""
+        trial = self.trial
+        return {
+            "method": trial.method, "ablation": trial.ablation.value, "size": trial.size, "draw": trial.draw * draws + drawn, "share": self.share,
+            "n_units": self.n_units, "n_features": self.n_features, "n_edges": self.n_edges,
+        }  # fmt: skip
+
+
+def keeping(contestant: Contestant, shares: Sequence[float] = SHARES, *, per_member: bool = False) -> list[Kept]:
+    """Only the strongest units alive, each time until they hold a share of the live features; at share 1 every unit that has any attribution.
+
+    Units without live features (error nodes) come as their attribution ranks them. The trial's size is the share's number of features, so that
+    partitions are compared at equal sizes as near as whole units allow. Raises `NothingToTest` where nothing has any attribution.
+    """
+    order = contestant.ranking(per_member=per_member)
+    if not len(order):
+        raise NothingToTest(f"no unit of {contestant.method} has any attribution: the metric does not depend on these sites")
+    held, total = np.cumsum(contestant.live[order]), int(contestant.live.sum())
+    found = []
+    for share in shares:
+        k = len(order) if share >= 1 else min(int(np.searchsorted(held, share * total - 1e-9)) + 1, len(held))
+        trial = Trial(contestant.method, round(share * total), contestant.units.nodes(order[:k].tolist()), contestant.draw)
+        found.append(Kept(trial, share, k, int(held[k - 1])))
+    return found
+
+
+# --- circuits of units ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class UnitCircuit:
+    """The strongest `size` edges between units, and what of them lies on a path from an input to y."""
+
+    size: int
+    edges: UnitEdges
+    units: tuple[int, ...]
+
+    @property
+    def n_edges(self) -> int:
+        return len(self.edges)
+
+
+def region_circuits(drives: Drives, shares: Sequence[float] = EDGE_SHARES) -> list[UnitCircuit]:
+    """Circuits of units by growing share of the edges that have an effect, each pruned; equal sizes once."""
+    source, target = drives.edges
+    if not len(source):
+        raise NothingToTest("no edge between units has any effect: take another baseline or task")
+    sizes = dict.fromkeys(max(1, round(share * len(source))) for share in shares)
+    return [_pruned(drives.units, source[:size], target[:size]) for size in sizes]
+
+
+def _pruned(units: Units, source: IntArray, target: IntArray) -> UnitCircuit:
+    """Without what cannot be reached from a site without parents or cannot reach y."""
+    graph, site_of = units.graph, units.site_of.numpy()
+    alive = np.zeros((len(units) + 1,) * 2, dtype=bool)
+    alive[source, target] = True
+    roots = [i for i, site in enumerate(graph.sites) if site != OUTPUT and not graph.parents(site)]
+    reached, reaching = np.isin(site_of, roots), np.arange(len(units) + 1) == units.output
+    for i in range(len(graph.sites)):  # sites come in topological order
+        here = site_of == i
+        reached[here] |= alive[:, here][reached].any(axis=0)
+    for i in reversed(range(len(graph.sites))):
+        here = site_of == i
+        reaching[here] |= alive[here][:, reaching].any(axis=1)
+    alive &= (reached & reaching)[:, None] & (reached & reaching)[None, :]
+    kept_source, kept_target = np.nonzero(alive)
+    edges = UnitEdges.of(units, kept_source.tolist(), kept_target.tolist())
+    nodes = sorted({*kept_source.tolist(), *kept_target.tolist()} - {units.output})
+    return UnitCircuit(len(source), edges, tuple(nodes))
+
+
+def cutting_circuits(contestant: Contestant, circuits: Sequence[UnitCircuit]) -> list[Kept]:
+    """Circuits of units under edge ablation; a trial's size is the number of edges before pruning."""
+    n = max(circuit.size for circuit in circuits)
+    return [
+        Kept(
+            Trial(contestant.method, circuit.size, circuit.edges, contestant.draw), circuit.size / n, len(circuit.units),
+            int(contestant.live[list(circuit.units)].sum()) if circuit.units else 0, circuit.n_edges,
+        )
+        for circuit in circuits
+    ]  # fmt: skip
+
+
+# --- one unit at a time -----------------------------------------------------------------------------------------------
+
+
+def strongest_units(contestant: Contestant, n: int) -> list[int]:
+    """The `n` units with live features that some task is attributed to most, in the order of the greatest of their tasks' strengths."""
+    greatest = np.max(list(contestant.by_task.values()), axis=0)
+    order = np.argsort(-greatest, kind="stable")
+    return [int(unit) for unit in order if contestant.live[unit] and greatest[unit] > 0][:n]
+
+
+def removals(contestant: Contestant, units: Sequence[int]) -> list[Trial]:
+    """Trials with all alive but one unit. Their `size` is the unit's number."""
+    return [Trial(contestant.method, unit, contestant.units.nodes([unit]).inverse(), contestant.draw, complement=False) for unit in units]
+
+
+def drive_removals(contestant: Contestant, n: int) -> list[Trial]:
+    """Trials with all edges between units alive but one, the `n` strongest in turn. Their `size` is the edge's rank."""
+    assert contestant.drives is not None
+    source, target = contestant.drives.edges
+    return [
+        Trial(contestant.method, i, UnitEdges.of(contestant.units, [s], [t]).inverse(), contestant.draw, complement=False)
+        for i, (s, t) in enumerate(zip(source[:n].tolist(), target[:n].tolist(), strict=True))
+    ]
+
+
+def drive_table(contestant: Contestant, values: pl.DataFrame, *, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> pl.DataFrame:
+    """The edges that were cut one at a time, by rank: `source`, `target` (names), `weight` (mean signed attribution, summed over member edges),
+    `strength` (mean magnitude), `per_member` (weight over the number of member pairs), `effect` = m(M) − m(M without it) with `low`, `high`, `n`."""
+    drives, names = contestant.drives, contestant.units.names
+    assert drives is not None
+    source, target = drives.edges
+    # The mean of what is lost is the ratio of means to 1.
+    lost = values.with_columns((pl.col("full") - pl.col("value")).alias("value"), full=pl.lit(1.0), empty=pl.lit(0.0))
+    effects = faithfulness(lost, averaging=(Averaging.RATIO_OF_MEANS,), bootstrap=bootstrap).sort("size")
+    rank = effects["size"].to_numpy()
+    s, t = source[rank], target[rank]
+    return pl.DataFrame(
+        {
+            "source": [names[i] for i in s], "target": [names[i] for i in t], "weight": drives.mean[s, t], "strength": drives.strength[s, t],
+            "per_member": drives.per_member[s, t], "effect": effects["value"], "low": effects["low"], "high": effects["high"], "n": effects["n"],
+        }
+    )  # fmt: skip
+
+
+def removal_matrix(values: pl.DataFrame, contestants: Sequence[Contestant], *, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> pl.DataFrame:
+    """What each task loses without each unit, as `MATRIX`; `values` of one metric, measured by `removals`."""
+    table = faithfulness(values, by=("task", "draw"), averaging=(Averaging.RATIO_OF_MEANS,), bootstrap=bootstrap)
+    names = pl.DataFrame(
+        [
+            {"method": c.method, "draw": c.draw, "size": unit, "removed": c.units.names[unit], "n_features": int(c.live[unit])}
+            for c in contestants for unit in range(len(c.units))
+        ],
+        schema={"method": pl.String, "draw": pl.Int64, "size": pl.Int64, "removed": pl.String, "n_features": pl.Int64},
+    )  # fmt: skip
+    rows = table.join(names, on=["method", "draw", "size"], how="inner").with_columns(
+        (1 - pl.col("value")).alias("value"), (1 - pl.col("high")).alias("low"), (1 - pl.col("low")).alias("high"),
+        (pl.col("mean_full") - pl.col("mean_value")).alias("lost"), pl.col("size").alias("unit"),
+        pl.when(pl.col("method") == RANDOM).then(pl.format("{} {}: {}", "method", "draw", "removed")).otherwise(pl.col("removed")).alias("removed"),
+    )  # fmt: skip
+    return rows.select(pl.col(name).cast(dtype) for name, dtype in MATRIX.items())
+
+
+# --- selectivity ------------------------------------------------------------------------------------------------------
+
+SELECTIVITY = {
+    "method": pl.String(), "n_blocks": pl.Int64(), "value": pl.Float64(), "low": pl.Float64(), "high": pl.Float64(), "impact": pl.Float64(),
+    "impact_low": pl.Float64(), "impact_high": pl.Float64(), "difference": pl.Float64(), "difference_low": pl.Float64(),
+    "difference_high": pl.Float64(),
+}  # fmt: skip
+"""What `selectivity` returns: a row per method, means over draws. difference: value minus that of the reference method, resampled together."""
+
+
+def selectivity(values: pl.DataFrame, *, reference: str = REGIONS, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> pl.DataFrame:
+    """How much of what blocks break is one task's alone, for each method, as `SELECTIVITY`.
+
+    With L(b, t) the share of task t's effect that is lost without block b, a block's selectivity is L of its task minus the mean of |L| of the
+    others; a method's is the sum over its blocks, over the sum of |L| of their tasks and others: 1 where each block breaks one task only, 0 where
+    all alike. Which task is a block's is decided on one half of the sequences and measured on the other, both ways round, so that the greatest
+    of several noisy numbers is not taken for an effect. `impact` is the mean over blocks of the greatest |L|, decided in the same way.
+    The bootstrap resamples sequences within tasks. Raises `NothingToTest` for one task alone.
+    """
+    frame = checked(values)
+    tasks = sorted(frame["task"].unique().to_list())
+    if len(tasks) < 2:
+        raise NothingToTest(f"selectivity compares tasks, and there is only {tasks[0] if tasks else 'none'}: ingest a mixture, --task agreement+ioi")
+    cubes = {key: _cube(rows, tasks) for key, rows in _by_partition(frame)}
+    sizes = [lost.shape[1] for lost, _ in next(iter(cubes.values()))]
+    counts = [replace(bootstrap, seed=bootstrap.seed + i).counts(n) for i, n in enumerate(sizes)]  # tasks are resampled apart
+    scores: dict[str, list[tuple[FloatArray, FloatArray, int]]] = {}
+    for (method, _), cube in cubes.items():
+        value, impact = _selectivities(cube, counts)
+        scores.setdefault(method, []).append((value, impact, len(cube[0][0])))
+    means = {method: (np.mean([v for v, _, _ in own], axis=0), np.mean([i for _, i, _ in own], axis=0)) for method, own in scores.items()}
+    if reference not in means:
+        raise NothingToTest(f"no values of the reference {reference!r}: there are {', '.join(means)}")
+    rows = []
+    for method, (value, impact) in means.items():
+        difference = value - means[reference][0]
+        columns = np.stack([value, impact, difference], axis=1)
+        low, high = bootstrap.interval(columns[1:])
+        rows.append((method, scores[method][0][2], value[0], low[0], high[0], impact[0], low[1], high[1], difference[0], low[2], high[2]))
+    return pl.DataFrame(rows, schema=SELECTIVITY, orient="row").sort(pl.col("method") != reference, "method")
+
+
+def _by_partition(frame: pl.DataFrame) -> Iterator[tuple[tuple[str, int], pl.DataFrame]]:
+    for key, rows in frame.group_by("method", "draw", maintain_order=True):
+        yield (str(key[0]), int(str(key[1]))), rows
+
+
+def _cube(rows: pl.DataFrame, tasks: Sequence[str]) -> list[tuple[FloatArray, FloatArray]]:
+    """Per task (lost, whole): m(M) − m(C) of every block and sequence (blocks, sequences), and m(M) − m(∅) of every sequence."""
+    found = []
+    for task in tasks:
+        own = rows.filter(pl.col("task") == task)
+        lost = own.with_columns((pl.col("full") - pl.col("value")).alias("lost")).pivot("sequence", index="size", values="lost").sort("size")
+        names = [name for name in lost.columns if name != "size"]
+        whole = own.unique("sequence", keep="first", maintain_order=True).with_columns((pl.col("full") - pl.col("empty")).alias("whole"))
+        order = {name: i for i, name in enumerate(whole["sequence"].to_list())}
+        found.append((lost.select(names).to_numpy(), whole["whole"].to_numpy()[[order[name] for name in names]]))
+    return found
+
+
+def _selectivities(cube: Sequence[tuple[FloatArray, FloatArray]], counts: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """(selectivity, impact) of a partition under every row of resampled counts, each (resamples + 1,)."""
+    halves = []
+    for parity in (0, 1):
+        shares = []
+        for (lost, whole), weight in zip(cube, counts, strict=True):
+            own = weight * (np.arange(len(whole)) % 2 == parity)  # (resamples + 1, sequences)
+            total = own @ whole
+            shares.append(own @ lost.T / np.where(np.abs(total) < 1e-9, np.nan, total)[:, None])  # (resamples + 1, blocks)
+        halves.append(np.nan_to_num(np.stack(shares, axis=-1)))  # (resamples + 1, blocks, tasks)
+    value, impact = [], []
+    for decide, judge in (halves, halves[::-1]):
+        task = np.abs(decide).argmax(axis=-1)[..., None]
+        chosen = np.take_along_axis(judge * np.sign(np.take_along_axis(decide, task, -1)), task, -1)[..., 0]
+        others = (np.abs(judge).sum(-1) - np.abs(np.take_along_axis(judge, task, -1)[..., 0])) / (judge.shape[-1] - 1)
+        scale = (np.abs(chosen) + others).sum(-1)
+        value.append((chosen - others).sum(-1) / np.where(scale == 0, 1.0, scale))
+        impact.append(chosen.mean(-1))
+    return np.mean(value, axis=0), np.mean(impact, axis=0)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def run_kept(
+    study: Study,
+    pairs: Sequence[Pair],
+    kept: Sequence[Kept],
+    *,
+    among: Sequence[Pair] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """(values, kept) of trials on sequences, as `faithfulness.VALUES` and `KEPT`."""
+    draws = len(study.seeds)
+    values = measure(study, pairs, [one.trial for one in kept], split=HELD_OUT, among=among, progress=progress)
+    return values, pl.DataFrame([one.row(draws, i) for one in kept for i in range(draws)], schema=KEPT)
+
+
+def run_removals(
+    study: Study,
+    pairs: Sequence[Pair],
+    trials: Sequence[Trial],
+    *,
+    among: Sequence[Pair] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> pl.DataFrame:
+    """Values of removals, as `faithfulness.VALUES`; draws of the baseline averaged, so that `draw` is the partition's own."""
+    values = measure(study, pairs, trials, split=HELD_OUT, among=among, progress=progress)
+    if len(study.seeds) == 1:
+        return values
+    own = [name for name in VALUES if name not in ("value", "full", "empty", "draw")]
+    averaged = values.group_by(*own, pl.col("draw") // len(study.seeds), maintain_order=True).agg(pl.col("value", "full", "empty").mean())
+    return averaged.select(list(VALUES))
+

@@ -1,0 +1,331 @@
+"""Regions of interest from samples to a verdict: found, described, attributed to each other, put to the test, written back.
+
+1. `find`: a partition of every site's features from samples, by one method, with its levels and its null.
+2. `attributions`: what every node sends to the output on every path, and what units drive each other, by the engine at threshold 0.
+3. `contestants`: the regions beside other parcellations, heads, single features and random blocks of the same sizes.
+4. `put_to_the_test`: keeping and cutting them by share of features, circuits of them, and which breaks which task.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from scipy import sparse
+
+from .analysis.faithfulness import CIRCUIT, COMPLEMENT, Averaging, faithfulness, matched
+from .analysis.parcellation import Parcellation, units_of
+from .analysis.partitioning import random_blocks
+from .analysis.region_study import (
+    EDGE_SHARES,
+    FEATURES,
+    HEADS,
+    RANDOM,
+    REGIONS,
+    SHARES,
+    Contestant,
+    Drives,
+    cutting_circuits,
+    drive_removals,
+    drive_table,
+    keeping,
+    live_members,
+    region_circuits,
+    removal_matrix,
+    removals,
+    run_kept,
+    run_removals,
+    selectivity,
+    strongest_units,
+)
+from .analysis.study import Ablation, Study
+from .errors import UserError
+from .ingest.effective import EdgeSettings, FirstFactor, node_attributions, prepare
+from .ingest.unit_edges import attribute_units
+from .model.metrics import Metric
+from .model.sites import Site
+from .model.targets import LogitTarget
+from .model.tasks import Pair
+from .model.units import NotUnits, Units, heads
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class NodeEffects:
+    """What each node sends to the output on every path, per sequence (Marks et al. 2024): per site (sequences, d_sae + 1), the error node last."""
+
+    effects: Mapping[Site, sparse.csr_matrix]
+    tasks: tuple[str, ...]
+
+    def of(self, units: Units) -> FloatArray:
+        """Attribution of units, the sum over their members, (sequences, units)."""
+        found = np.zeros((len(self.tasks), len(units)))
+        for site, own in units.of.items():
+            members = sparse.csr_matrix((np.ones(len(own)), (np.arange(len(own)), own.numpy())), shape=(len(own), len(units)))
+            found += (self.effects[site] @ members).toarray()
+        return found
+
+
+def settings_of(study: Study) -> EdgeSettings:
+    """The run's own metric, number of steps and first factor, with the baseline that units are ablated to."""
+    options = study.options
+    engine = json.loads(str(study.run.properties.get("settings") or "{}")).get("engine") or {}
+    return EdgeSettings(
+        metric=study.target.metric if isinstance(study.target, LogitTarget) else Metric.LOGIT_DIFF, baseline=study.baseline,
+        steps=int(str(study.run.properties.get("steps") or 1)), first_factor=FirstFactor(engine.get("first_factor", FirstFactor.EXACT.value)),
+        tolerance=float(engine.get("tolerance", EdgeSettings.tolerance)), per_position=options.per_position, noise_scale=options.noise_scale,
+        noise_seed=options.seed, memory=options.memory,
+    )  # fmt: skip
+
+
+def attributions(
+    study: Study, pairs: Sequence[Pair], among: Sequence[Pair] | None, partitions: Sequence[Units], progress: Progress | None = None
+) -> tuple[NodeEffects, list[Drives]]:
+    """Every node's attribution to the metric on each sequence, and the attribution between the units of each partition.
+
+    At threshold 0, positions summed. among: the sequences that a resampled baseline is drawn from.
+    """
+    parts: dict[Site, list[sparse.csr_matrix]] = {}
+    tasks: list[str] = []
+    sums = [_DriveSums(units) for units in partitions]
+    for batch in study.pair_batches(pairs, study.seeds[0], among):
+        prepared = prepare(study.binding, study.dictionaries, batch, settings_of(study), study.moments, study.target)
+        for site, features, errors in node_attributions(prepared):
+            per_sequence = torch.cat([features.sum(dim=1), errors.sum(dim=1)[:, None]], dim=1)  # (batch, d_sae + 1)
+            parts.setdefault(site, []).append(sparse.csr_matrix(per_sequence.double().cpu().numpy()))
+        own = [pair.task for pair in batch.pairs]
+        for one in sums:
+            one.add(attribute_units(prepared, one.units).cpu().numpy(), own)
+        tasks += own
+        if progress is not None:
+            progress(len(tasks), len(pairs))
+    effects = {site: sparse.vstack(found, format="csr") for site, found in parts.items()}
+    return NodeEffects(effects, tuple(tasks)), [one.drives() for one in sums]
+
+
+class _DriveSums:
+    """Sums over sequences of the attribution between units."""
+
+    def __init__(self, units: Units) -> None:
+        n = len(units) + 1
+        self.units = units
+        self.signed, self.magnitude = np.zeros((n, n)), np.zeros((n, n))
+        self.found = np.zeros((n, n), dtype=np.int64)
+        self.of_task: dict[str, FloatArray] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, weights: FloatArray, tasks: Sequence[str]) -> None:
+        """Add sequences: weights (batch, n + 1, n + 1)."""
+        self.signed += weights.sum(axis=0)
+        self.magnitude += np.abs(weights).sum(axis=0)
+        self.found += (weights != 0).sum(axis=0)
+        for weight, task in zip(weights, tasks, strict=True):
+            if task not in self.of_task:
+                self.of_task[task], self.counts[task] = np.zeros_like(self.signed), 0
+            self.of_task[task] += np.abs(weight)
+            self.counts[task] += 1
+
+    def drives(self) -> Drives:
+        n = max(1, sum(self.counts.values()))
+        by_task = {task: total / self.counts[task] for task, total in self.of_task.items()}
+        return Drives(self.units, self.signed / n, self.magnitude / n, self.found, n, by_task)
+
+
+# --- who competes -----------------------------------------------------------------------------------------------------
+
+
+def partitions(
+    study: Study, parcellations: Mapping[str, Parcellation], *, draws: int, features: bool = True, seed: int = 0
+) -> dict[tuple[str, int], Units]:
+    """The partitions of the model's nodes under test, by name and draw: the parcellations', the first one's with random blocks of the same sizes,
+    heads where every site that it partitions is the identity on heads, and single features.
+
+    Sites that the first parcellation does not partition are one unit for all their features, in every partition.
+    """
+    first = next(iter(parcellations.values()))
+    found = {(name, 0): own.units(study.graph, study.dictionaries) for name, own in parcellations.items()}
+    blocks = {name: own.labels_of() for name, own in first.sites.items()}
+    for draw in range(draws):
+        shuffled = {name: _shuffled(labels, seed + draw) for name, labels in blocks.items()}
+        found[RANDOM, draw] = units_of(study.graph, study.dictionaries, shuffled)
+    if (by_head := _head_blocks(study, first)) is not None:
+        found[HEADS, 0] = units_of(study.graph, study.dictionaries, by_head)
+    if features:
+        singles = {name: np.where(labels < 0, -1, (labels >= 0).cumsum() - 1) for name, labels in blocks.items()}
+        found[FEATURES, 0] = units_of(study.graph, study.dictionaries, singles)
+    return found
+
+
+def _shuffled(labels: IntArray, seed: int) -> IntArray:
+    """Blocks of the same sizes, drawn at random among the live features."""
+    found = labels.copy()
+    found[labels >= 0] = random_blocks(labels[labels >= 0], seed)
+    return found
+
+
+def _head_blocks(study: Study, parcellation: Parcellation) -> dict[str, IntArray] | None:
+    """Each feature's head, for sites whose features are the dimensions of their heads' outputs; None where one is not."""
+    found = {}
+    for site, dictionary in study.dictionaries.items():
+        if site.name in parcellation.sites:
+            try:
+                labels, _ = heads(dictionary, site, study.binding.n_heads)
+            except NotUnits:
+                return None
+            found[site.name] = labels[:-1].numpy()
+    return found
+
+
+def contestants(
+    known: Mapping[tuple[str, int], Units], effects: NodeEffects, drives: Sequence[Drives], live: Mapping[str, IntArray]
+) -> list[Contestant]:
+    """The partitions with their attributions; `drives` of some of them."""
+    of = {id(one.units): one for one in drives}
+    return [
+        Contestant(name, units, effects.of(units), effects.tasks, live_members(units, live), of.get(id(units)), draw)
+        for (name, draw), units in known.items()
+    ]
+
+
+# --- the test ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RegionTests:
+    """What is tested. shares: of the live features that are kept alive. edge_shares: of the edges between units; empty for no circuits.
+
+    per_member: rank units by attribution per live member. blocks: units of each partition that are cut one at a time, the strongest; 0 for none.
+    drives: strongest edges between regions that are cut one at a time. random_draws: random partitions of the same sizes. features: whether
+    single features compete. held_out: sequences to test on.
+    """
+
+    shares: tuple[float, ...] = SHARES
+    edge_shares: tuple[float, ...] = EDGE_SHARES
+    per_member: bool = False
+    blocks: int = 24
+    drives: int = 40
+    random_draws: int = 2
+    features: bool = True
+    held_out: int = 24
+
+    def check(self) -> None:
+        """Raise a `UserError` for a number out of range."""
+        for name, shares in (("--shares", self.shares), ("--edge-shares", self.edge_shares)):
+            if bad := [share for share in shares if not 0 < share <= 1]:
+                raise UserError(f"{name} {bad[0]:g} is no share to keep: give numbers above 0 and at most 1")
+        for name, number, least in (
+            ("--blocks", self.blocks, 0), ("--drives", self.drives, 0), ("--random-draws", self.random_draws, 1), ("--held-out", self.held_out, 1),
+        ):  # fmt: skip
+            if number < least:
+                raise UserError(f"{name} {number} is too small: give at least {least}")
+
+
+@dataclass(frozen=True, eq=False)
+class RegionVerdict:
+    """What was measured. values, kept: as `VALUES` and `KEPT`. matrix_values: of removals of single units, by the study's metrics.
+
+    drive_values: of removals of single edges between regions, `size` their rank. competitors: every partition, with the attributions it is ranked by.
+    """
+
+    study: Study
+    options: RegionTests
+    n_found: int
+    n_tested: int
+    competitors: Sequence[Contestant]
+    values: pl.DataFrame
+    kept: pl.DataFrame
+    matrix_values: pl.DataFrame
+    drive_values: pl.DataFrame
+
+    @property
+    def metric(self) -> str:
+        return self.study.default_metric
+
+    @property
+    def regions(self) -> Contestant:
+        return self.competitors[0]
+
+    @cached_property
+    def sizes(self) -> pl.DataFrame:
+        """`kept` as `faithfulness.SIZES`: nodes are live features, edges those between units."""
+        nothing = {"average_degree": pl.Float64, "density": pl.Float64, "threshold": pl.Float64, "circuit": pl.String}
+        named = self.kept.rename({"n_features": "n_nodes"}).with_columns(pl.lit(None, dtype=dtype).alias(name) for name, dtype in nothing.items())
+        return named.select("method", "ablation", "size", "draw", "n_nodes", "n_edges", *nothing)
+
+    @cached_property
+    def table(self) -> pl.DataFrame:
+        """φ of the units kept and of what is left without them, with the share of live features and the number of units, tasks pooled."""
+        sizes = self.kept.group_by("method", "ablation", "size").agg(pl.col("share", "n_units", "n_features", "n_edges").mean())
+        return faithfulness(self.values).join(sizes, on=["method", "ablation", "size"], how="left")
+
+    @cached_property
+    def compared(self) -> pl.DataFrame:
+        """φ of every other partition beside that of the regions, nodes cut, at equal numbers of live features; positive differences are theirs."""
+        return self._matched(CIRCUIT)
+
+    @cached_property
+    def compared_cut(self) -> pl.DataFrame:
+        """The same of what is left when the strongest are cut: lower is more damage with as many features."""
+        return self._matched(COMPLEMENT)
+
+    def _matched(self, part: str) -> pl.DataFrame:
+        own = (pl.col("metric") == self.metric) & (pl.col("ablation") == Ablation.NODE.value)
+        return matched(
+            self.values.filter(own), self.sizes, (REGIONS, Ablation.NODE.value), on="n_nodes", part=part, averaging=(Averaging.RATIO_OF_MEANS,)
+        )
+
+    @cached_property
+    def matrix(self) -> pl.DataFrame:
+        """Which unit breaks which task, as `MATRIX`, by the default metric; empty where none was cut."""
+        return removal_matrix(self.matrix_values.filter(pl.col("metric") == self.metric), self.competitors)
+
+    @cached_property
+    def selectivity(self) -> pl.DataFrame | None:
+        """How much of what the blocks break is one task's alone; None for one task."""
+        rows = self.matrix_values.filter(pl.col("metric") == self.metric)
+        return selectivity(rows) if rows["task"].n_unique() > 1 else None
+
+    @cached_property
+    def drives(self) -> pl.DataFrame:
+        """The strongest edges between regions with what cutting each costs: source, target, weight, strength, per_member, effect, low, high, n."""
+        return drive_table(self.regions, self.drive_values.filter(pl.col("metric") == self.metric))
+
+
+def put_to_the_test(
+    study: Study,
+    parcellations: Mapping[str, Parcellation],
+    found: Sequence[Pair],
+    tested: Sequence[Pair],
+    options: RegionTests,
+    *,
+    progress: Callable[[str], Progress] = lambda label: lambda done, total: None,
+) -> RegionVerdict:
+    """Attribute on the sequences `found`, test on `tested`. parcellations: by the name under which each competes, the regions first.
+
+    `progress(label)` gives what is called with (sequences done, all) while that part goes on.
+    """
+    options.check()
+    among = list({pair.key: pair for pair in (*found, *tested)}.values())
+    known = partitions(study, parcellations, draws=options.random_draws, features=options.features, seed=study.options.seed)
+    joined = [units for (name, draw), units in known.items() if name != FEATURES and not draw] if options.edge_shares or options.drives else []
+    effects, drives = attributions(study, found, among, joined, progress("attribution"))
+    live = {name: own.features for name, own in next(iter(parcellations.values())).sites.items()}
+    competitors = contestants(known, effects, drives, live)
+    kept = [one for own in competitors for one in keeping(own, options.shares, per_member=options.per_member)]
+    if options.edge_shares:
+        kept += [
+            one for own in competitors if own.drives is not None for one in cutting_circuits(own, region_circuits(own.drives, options.edge_shares))
+        ]
+    values, sizes = run_kept(study, tested, kept, among=among, progress=progress("kept and cut"))
+    single = [trial for own in competitors if own.method != FEATURES for trial in removals(own, strongest_units(own, options.blocks))]
+    matrix = run_removals(study, tested, single, among=among, progress=progress("one block at a time")) if single else values.clear()
+    edges = drive_removals(competitors[0], options.drives) if options.drives else []
+    cut = run_removals(study, tested, edges, among=among, progress=progress("one edge at a time")) if edges else values.clear()
+    return RegionVerdict(study, options, len(found), len(tested), competitors, values, sizes, matrix, cut)
