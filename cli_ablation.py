@@ -84,7 +84,7 @@ Gallery = Annotated[Path | None, typer.Option("--gallery", help="Save the figure
 Write = Annotated[bool, typer.Option("--write/--no-write", help="Write circuits and scores into the graph, every value into the statistics.")]
 
 
-def _metrics(text: str) -> tuple[Any, ...]:
+def named_metrics(text: str) -> tuple[Any, ...]:
     from .model.metrics import Metric
 
     known = {metric.value: metric for metric in Metric}
@@ -95,7 +95,7 @@ def _metrics(text: str) -> tuple[Any, ...]:
     return tuple(known[name] for name in split_names(text))
 
 
-def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+def number_list(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
     """A list of numbers; raises `BadList`."""
     if text is None:
         return None
@@ -119,7 +119,7 @@ def _controls(text: str) -> tuple[Any, ...]:
     return tuple(known[name] for name in split_names(text))
 
 
-def _study(store: "GraphStore", run: "RunRow", atlas: Path, **options: Any) -> "Study":
+def study_of(store: "GraphStore", run: "RunRow", atlas: Path, **options: Any) -> "Study":
     """The run with its model; `options` are those of `StudyOptions` in the command line's words."""
     from .analysis.study import StudyOptions, open_study
     from .model.ablation import Errors
@@ -133,23 +133,23 @@ def _study(store: "GraphStore", run: "RunRow", atlas: Path, **options: Any) -> "
     return open_study(store, run, settings, atlas)
 
 
-def _ablations(name: str) -> tuple[Any, ...]:
+def named_ablations(name: str) -> tuple[Any, ...]:
     """What `--ablation` cuts."""
     from .analysis.study import Ablation
 
     return tuple(Ablation) if name == "both" else (Ablation(name),)
 
 
-def _save(path: Path | None, save: Callable[[Path], object]) -> None:
+def save_result(path: Path | None, save: Callable[[Path], object]) -> None:
     """Save a result where a file was asked for."""
     if path is not None:
         with console.saving(path):
             save(path)
 
 
-def _save_page(path: Path | None, page: Callable[[], str]) -> None:
+def save_page(path: Path | None, page: Callable[[], str]) -> None:
     """Make and save a page of figures where one was asked for."""
-    _save(path, lambda file: file.write_text(page(), encoding="utf-8"))
+    save_result(path, lambda file: file.write_text(page(), encoding="utf-8"))
 
 
 @analyze_app.command("faithfulness")
@@ -201,18 +201,19 @@ def analyze_faithfulness_command(
     from .queries.subgraphs import find_run
 
     sweep_options = SweepOptions(
-        sizes=_numbers("--sizes", sizes, int), thresholds=_numbers("--thresholds", thresholds, float), shares=_numbers("--shares", shares, float),
-        candidates=candidates, by=By(by), ablations=_ablations(ablation), split=Split(split), held_out=held_out,
+        sizes=number_list("--sizes", sizes, int), thresholds=number_list("--thresholds", thresholds, float),
+        shares=number_list("--shares", shares, float),
+        candidates=candidates, by=By(by), ablations=named_ablations(ablation), split=Split(split), held_out=held_out,
         complement=complement, task=task, per_sequence=per_sequence,
     )  # fmt: skip
     sweep_options.check()
     options = verdict.VerdictOptions(controls=_controls(controls), control_draws=control_draws)
     options.check()
-    measured = _metrics(metrics)
+    measured = named_metrics(metrics)
     with open_atlas(atlas, graph, write=write) as store:
         given: tuple[Circuit, ...] = tuple(read_circuit(store, key) for key in split_names(circuit or ""))
         found = find_run(store, run if run is not None or not given else given[0].selection.run)
-        study = _study(
+        study = study_of(
             store, found, atlas, model=model, dictionaries=dictionaries, device=device, metrics=measured, baseline=baseline,
             statistics_run=statistics_run, mean=mean, noise_scale=noise_scale, draws=draws, seed=seed, errors=errors, batch_size=batch_size,
             memory=memory_bytes(memory), target=target,
@@ -221,8 +222,8 @@ def analyze_faithfulness_command(
         with console.progress("sequences", quiet=as_json) as bar:
             sweep = verdict.try_circuits(plan, options, progress=lambda done, total: bar(done, total, ""))
         # shown and saved first: what was measured is not lost where writing fails
-        _save(output, lambda file: verdict.save_values(sweep, file))
-        _save_page(gallery, lambda: verdict.page(sweep, study))
+        save_result(output, lambda file: verdict.save_values(sweep, file))
+        save_page(gallery, lambda: verdict.page(sweep, study))
         if as_json:
             console.say_json(verdict.as_json(sweep))
         else:
@@ -280,11 +281,11 @@ def analyze_effects_command(
     for option, value in (("--edges", edges), ("--held-out", held_out), ("--show", show_n)):
         if value < 1:
             raise BadParameterValue(f"{option} {value} is too small: give at least 1")
-    measured = _metrics(metrics)
+    measured = named_metrics(metrics)
     with open_atlas(atlas, graph, write=write) as store:
         given = None if circuit is None else read_circuit(store, circuit)
         found = find_run(store, run if run is not None or given is None else given.selection.run)
-        study = _study(
+        study = study_of(
             store, found, atlas, model=model, dictionaries=dictionaries, device=device, metrics=measured, baseline=baseline,
             statistics_run=statistics_run, mean=mean, noise_scale=noise_scale, draws=draws, seed=seed, errors=errors, batch_size=batch_size,
             memory=memory_bytes(memory), target=target,
@@ -299,7 +300,7 @@ def analyze_effects_command(
             )  # fmt: skip
         names = verdict.readable_names(store, found)
         means = mean_effects(effects)
-        _save_page(gallery, lambda: verdict.effects_page(chosen, effects, study))
+        save_page(gallery, lambda: verdict.effects_page(chosen, effects, study))
         if as_json:
             console.say_json({"run": found.key, "circuit": chosen.key, "effects": means.to_dicts()})
         else:
@@ -348,19 +349,19 @@ def analyze_mixture_command(
     from .analysis.mixtures import MixtureOptions, run_mixture
     from .queries.subgraphs import find_run
 
-    options = MixtureOptions(edges, By(by), held_out, control_draws, _ablations(ablation))
+    options = MixtureOptions(edges, By(by), held_out, control_draws, named_ablations(ablation))
     options.check()
-    measured = _metrics(metrics)
+    measured = named_metrics(metrics)
     with open_atlas(atlas, graph, write=False) as store:
         found = find_run(store, run)
-        study = _study(
+        study = study_of(
             store, found, atlas, model=model, dictionaries=dictionaries, device=device, metrics=measured, baseline=baseline,
             statistics_run=statistics_run, mean=mean, noise_scale=noise_scale, draws=draws, seed=seed, errors=errors, batch_size=batch_size,
             memory=memory_bytes(memory),
         )  # fmt: skip
         with console.progress("sequences", quiet=as_json) as bar:
             mixture = run_mixture(store, study, options, progress=lambda done, total: bar(done, total, ""))
-    _save_page(gallery, lambda: verdict.mixture_page(mixture, study))
+    save_page(gallery, lambda: verdict.mixture_page(mixture, study))
     if as_json:
         console.say_json({"run": mixture.run, "table": mixture.table.to_dicts(), "overlap": mixture.overlap.to_dicts()})
     else:
@@ -450,18 +451,18 @@ def analyze_improve_command(
     from .queries.statistics import StatisticsStore
     from .queries.subgraphs import find_run
 
-    own = None if sizes is not None else _numbers("--shares", shares, float)
+    own = None if sizes is not None else number_list("--shares", shares, float)
     sweep_options = SweepOptions(
-        sizes=_numbers("--sizes", sizes, int), shares=own, candidates=candidates, by=By(by), ablations=(Ablation.EDGE,), split=Split(split),
+        sizes=number_list("--sizes", sizes, int), shares=own, candidates=candidates, by=By(by), ablations=(Ablation.EDGE,), split=Split(split),
         held_out=held_out, complement=False, task=task,
     )  # fmt: skip
     sweep_options.check()
     options = ImprovementOptions(_improvements(methods), found, drop, Training(train_steps, rate, penalty, seed))
     options.check()
-    measured = _metrics(metrics)
+    measured = named_metrics(metrics)
     with open_atlas(atlas, graph, write=write) as store:
         chosen = find_run(store, run)
-        study = _study(
+        study = study_of(
             store, chosen, atlas, model=model, dictionaries=dictionaries, device=device, metrics=measured, baseline=baseline,
             statistics_run=statistics_run, mean=mean, noise_scale=noise_scale, draws=draws, seed=seed, errors=errors, batch_size=batch_size,
             memory=memory_bytes(memory), target=target,
@@ -471,8 +472,8 @@ def analyze_improve_command(
             say = (lambda _: None) if as_json else console.note
             sweep = run_improvement(plan, options, say=say, progress=lambda done, total: bar(done, total, ""))
         gained = gains(sweep) if sweep.reaches_all else None
-        _save(output, lambda file: verdict.save_values(sweep, file))
-        _save_page(gallery, lambda: verdict.improvement_page(sweep, study, gained))
+        save_result(output, lambda file: verdict.save_values(sweep, file))
+        save_page(gallery, lambda: verdict.improvement_page(sweep, study, gained))
         if as_json:
             console.say_json({**verdict.as_json(sweep), "gains": [] if gained is None else gained.to_dicts()})
         else:
