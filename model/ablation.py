@@ -206,34 +206,73 @@ def ablate_nodes(
 ) -> Tensor:
     """What the target reads when only the nodes of a set are alive, (n_sets, batch, width).
 
-    Raises `WrongGraph` for a set over other sites, `NotANode` for a feature that a dictionary lacks. Nothing depends on how many sets go together.
+    A sequence is run from the first site on at which a set differs from the clean run. Raises `WrongGraph` for a set over other sites,
+    `NotANode` for a feature that a dictionary lacks. Nothing depends on how many sets go together.
     """
     _check_graphs(batch, sets)
-    per_set = 4 * batch.clean.size * batch.clean.length * (24 * batch.clean.binding.d_model + 2 * _widest(batch))
-    size = max(1, memory // per_set)
-    with fast_products(batch.clean.values[batch.clean.end]):
-        ends = [_nodes_ablated(batch, sets[i : i + size], errors) for i in range(0, len(sets), size)]
-    return torch.cat([batch.clean_end[None][:0], *ends])  # of no sets: (0, batch, width)
-
-
-def _nodes_ablated(batch: AblationBatch, sets: Sequence[NodeSet], errors: Errors) -> Tensor:
     clean = batch.clean
-    values: dict[Site, Tensor] = {}  # (n_sets, batch, pos, width)
+    ends = batch.clean_end.expand(len(sets), -1, -1).clone()
+    first = _first_touched(batch, sets, errors)  # (n_sets, batch)
+    rows = (first < len(clean.graph.sites) - 1).nonzero()  # of the others nothing changes
+    rows = rows[first[rows[:, 0], rows[:, 1]].argsort(stable=True)]
+    per_row = 4 * clean.length * (24 * clean.binding.d_model + 2 * _widest(batch))
+    with fast_products(clean.values[clean.end]):
+        for part in rows.split(max(1, memory // per_row)):
+            own, sequence = part.unbind(1)
+            ends[own, sequence] = _nodes_ablated(batch, sets, own, sequence.to(ends.device), first[own, sequence], errors)
+    return ends
+
+
+def _first_touched(batch: AblationBatch, sets: Sequence[NodeSet], errors: Errors) -> Tensor:
+    """The first site that a set changes in each sequence, by its place in the graph, (n_sets, batch); that of y where it changes none.
+
+    A complement changes a site where one of the nodes that it lists differs from the baseline.
+    """
+    clean, output = batch.clean, len(batch.graph.sites) - 1
+    found = torch.full((len(sets), clean.size), output)
+    found[[i for i, one in enumerate(sets) if not one.complement or errors is Errors.DEAD]] = 0
+    rows = [torch.cat([torch.full_like(one.rows[:, :1], i), one.rows], dim=1) for i, one in enumerate(sets) if one.complement]
+    every = torch.cat([torch.zeros(0, 4, dtype=torch.int64), *rows])  # set, site, node, position
+    every = every[(every[:, 3] < clean.length) & ((every[:, 2] != ERROR) | (errors is Errors.LISTED))]
+    for number, site in enumerate(batch.graph.sites[:-1]):
+        own, _, node, position = every[every[:, 1] == number].unbind(1)
+        if not len(own):
+            continue
+        nodes, base = clean.nodes[site], batch.base[site]
+        moves = torch.cat([nodes.features != base.features, (nodes.error != base.error).any(dim=-1, keepdim=True)], dim=-1)
+        anywhere = moves.any(dim=1)[:, node]  # (batch, n); the error node is the last
+        at = moves[:, position.clamp(min=0), node]
+        changes = torch.where((position == SHARED).to(at.device), anywhere, at).cpu()
+        found.scatter_reduce_(0, own[:, None].expand(-1, clean.size), torch.where(changes.T, number, output), "amin")
+    return found
+
+
+def _nodes_ablated(
+    batch: AblationBatch, sets: Sequence[NodeSet], own: Tensor, sequence: Tensor, first: Tensor, errors: Errors
+) -> Tensor:
+    """What the target reads, (n, width), of n rows: set own[i] on a sequence, which is as in the clean run before site first[i] (ascending)."""
+    clean = batch.clean
+    values: dict[Site, Tensor] = {}  # of the rows that a site differs in, which come first: (rows, pos, width)
     for number, site in enumerate(clean.graph.sites):
+        before, here = (first < number).sum().item(), (first <= number).sum().item()
+        recomputed = int(before) if clean.graph.parents(site) else 0
+        parts = [_recomputed(clean, site, values, sequence[:recomputed])] if recomputed else []
+        whole = torch.cat([*parts, clean.values[site][sequence[recomputed:here]]]) if site != OUTPUT else parts[0]
         if site == OUTPUT:
-            return _recomputed(clean, site, values)[:, :, -1]
-        whole = _recomputed(clean, site, values) if clean.graph.parents(site) else clean.values[site].expand(len(sets), -1, -1, -1)
-        values[site] = _with_dead_nodes(batch, site, whole, [_at_site(s, number) for s in sets], [s.complement for s in sets], errors)
+            return whole[:, -1]
+        if here:
+            values[site] = _with_dead_nodes(batch, number, whole, sets, own[:here], sequence[:here], errors)
     raise AssertionError("a graph ends with y")
 
 
-def _recomputed(clean: CleanBatch, site: Site, values: Mapping[Site, Tensor]) -> Tensor:
-    """A site's value from its parents', (n_sets, batch, pos, width)."""
+def _recomputed(clean: CleanBatch, site: Site, values: Mapping[Site, Tensor], sequence: Tensor) -> Tensor:
+    """A site's value from its parents', (n, pos, width), on these sequences; behind a parent's own rows it is clean."""
     function = clean.functions[site]
-    n = len(values[function.parents[0]])
-    flat = {parent: values[parent].flatten(0, 1) for parent in function.parents}
-    constants = {c: clean.values[c].repeat(n, 1, 1) for c in function.constants}
-    return function(flat, constants, clean.run).unflatten(0, (n, clean.size))
+    n, inputs = len(sequence), {}
+    for parent in function.parents:
+        given = values[parent][:n] if parent in values else clean.values[parent][:0]
+        inputs[parent] = torch.cat([given, clean.values[parent][sequence[len(given) :]]]) if len(given) < n else given
+    return function(inputs, {c: clean.values[c][sequence] for c in function.constants}, clean.run)
 
 
 def _at_site(nodes: NodeSet, number: int) -> Tensor:
@@ -242,10 +281,13 @@ def _at_site(nodes: NodeSet, number: int) -> Tensor:
 
 
 def _with_dead_nodes(
-    batch: AblationBatch, site: Site, whole: Tensor, listed: Sequence[Tensor], complement: Sequence[bool], errors: Errors
+    batch: AblationBatch, number: int, whole: Tensor, sets: Sequence[NodeSet], own: Tensor, sequence: Tensor, errors: Errors
 ) -> Tensor:
-    """A site's value with its dead nodes at their baseline; `whole` (n_sets, batch, pos, width), `listed` per set (n, 2): node, position."""
-    dictionary, base, device = batch.clean.dictionaries[site], batch.base[site], whole.device
+    """A site's value with its dead nodes at their baseline, of rows (n, pos, width); own (n,): the set of each, sequence (n,): its sequence."""
+    site, device = batch.graph.sites[number], whole.device
+    dictionary, base = batch.clean.dictionaries[site], batch.base[site]
+    chosen, place = own.unique(return_inverse=True)
+    listed = [_at_site(sets[i], number) for i in chosen.tolist()]
     features = torch.cat([rows[:, 0] for rows in listed])
     columns = features[features != ERROR].unique()
     shape = (len(listed), batch.clean.length, len(columns) + 1)  # the last one is the error node
@@ -253,17 +295,20 @@ def _with_dead_nodes(
     for i, rows in enumerate(listed):
         column = torch.where(rows[:, 0] == ERROR, len(columns), torch.searchsorted(columns, rows[:, 0].contiguous()))
         _mark(is_listed[i], rows[:, 1], column)
-    flip = torch.tensor(complement)
+    flip = torch.tensor([sets[i].complement for i in chosen.tolist()])
     error_alive = (is_listed[..., -1] ^ flip[:, None]) if errors is Errors.LISTED else torch.full(shape[:2], errors is Errors.KEPT)
-    is_listed, flip, error_alive, columns = (t.to(device) for t in (is_listed[..., :-1], flip, error_alive, columns))
-    nodes = dictionary.encode_columns(whole, columns)  # (n_sets, batch, pos, C)
-    change = (nodes - base.features[..., columns]) * is_listed[:, None]
-    moved = change @ dictionary.W_dec[columns]  # (n_sets, batch, pos, width)
+    is_listed, flip, error_alive = (t[place].to(device) for t in (is_listed[..., :-1], flip, error_alive))  # (n, ...)
+    columns = columns.to(device)
+    of = lambda tensor: tensor.expand(batch.clean.size, batch.clean.length, -1)[sequence]
+    moved: Tensor | float = 0.0
+    if len(columns):
+        change = (dictionary.encode_columns(whole, columns) - of(base.features[..., columns])) * is_listed  # (n, pos, C)
+        moved = change @ dictionary.W_dec[columns]  # (n, pos, width)
     error_moves = bool((error_alive ^ flip[:, None]).any())  # away from the point that a set starts from
-    error_change = whole - dictionary.decode(dictionary.encode(whole)) - base.error if error_moves else 0.0
-    from_base = batch.base_values[site] + moved + error_alive[:, None, :, None] * error_change
-    from_whole = whole - moved - ~error_alive[:, None, :, None] * error_change
-    return torch.where(flip[:, None, None, None], from_whole, from_base)
+    error_change = whole - dictionary.decode(dictionary.encode(whole)) - of(base.error) if error_moves else 0.0
+    from_base = batch.base_values[site][sequence] + moved + error_alive[..., None] * error_change
+    from_whole = whole - moved - ~error_alive[..., None] * error_change
+    return torch.where(flip[:, None, None], from_whole, from_base)
 
 
 def _mark(table: Tensor, positions: Tensor, columns: Tensor) -> None:
