@@ -1,13 +1,14 @@
-"""Regions of interest from samples to a verdict: found, described, attributed to each other, put to the test, written back.
+"""The verdict on regions of interest: do they matter, and more than other sets of features of the same sizes?
 
-1. `find`: a partition of every site's features from samples, by one method, with its levels and its null.
-2. `attributions`: what every node sends to the output on every path, and what units drive each other, by the engine at threshold 0.
-3. `contestants`: the regions beside other parcellations, heads, single features and random blocks of the same sizes.
-4. `put_to_the_test`: keeping and cutting them by share of features, circuits of them, and which breaks which task.
+1. `attributions`: what every node sends to the output on every path, and what units drive each other, by the engine at threshold 0.
+2. `contestants`: the regions beside other parcellations, heads, single features and random blocks of the same sizes.
+3. `put_to_the_test`: keeping and cutting them by share of features, circuits of them, and which breaks which task.
+4. `write_back`: edges between regions and their scores into the graph.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -305,27 +306,29 @@ def put_to_the_test(
     tested: Sequence[Pair],
     options: RegionTests,
     *,
-    progress: Callable[[str], Progress] = lambda label: lambda done, total: None,
+    progress: Callable[[str], AbstractContextManager[Progress]] = lambda label: nullcontext(lambda done, total: None),
 ) -> RegionVerdict:
     """Attribute on the sequences `found`, test on `tested`. parcellations: by the name under which each competes, the regions first.
 
-    `progress(label)` gives what is called with (sequences done, all) while that part goes on.
+    `progress(label)` is entered for each part and gives what is called with (sequences done, all) while it goes on.
     """
     options.check()
     among = list({pair.key: pair for pair in (*found, *tested)}.values())
     known = partitions(study, parcellations, draws=options.random_draws, features=options.features, seed=study.options.seed)
     joined = [units for (name, draw), units in known.items() if name != FEATURES and not draw] if options.edge_shares or options.drives else []
-    effects, drives = attributions(study, found, among, joined, progress("attribution"))
+    with progress("attribution") as report:
+        effects, drives = attributions(study, found, among, joined, report)
     live = {name: own.features for name, own in next(iter(parcellations.values())).sites.items()}
     competitors = contestants(known, effects, drives, live)
     kept = [one for own in competitors for one in keeping(own, options.shares, per_member=options.per_member)]
     if options.edge_shares:
-        kept += [
-            one for own in competitors if own.drives is not None for one in cutting_circuits(own, region_circuits(own.drives, options.edge_shares))
-        ]
-    values, sizes = run_kept(study, tested, kept, among=among, progress=progress("kept and cut"))
+        kept += [one for own in competitors if own.drives for one in cutting_circuits(own, region_circuits(own.drives, options.edge_shares))]
     single = [trial for own in competitors if own.method != FEATURES for trial in removals(own, strongest_units(own, options.blocks))]
-    matrix = run_removals(study, tested, single, among=among, progress=progress("one block at a time")) if single else values.clear()
     edges = drive_removals(competitors[0], options.drives) if options.drives else []
-    cut = run_removals(study, tested, edges, among=among, progress=progress("one edge at a time")) if edges else values.clear()
+    with progress("kept and cut") as report:
+        values, sizes = run_kept(study, tested, kept, among=among, progress=report)
+    with progress("one block at a time") as report:
+        matrix = run_removals(study, tested, single, among=among, progress=report) if single else values.clear()
+    with progress("one edge at a time") as report:
+        cut = run_removals(study, tested, edges, among=among, progress=report) if edges else values.clear()
     return RegionVerdict(study, options, len(found), len(tested), competitors, values, sizes, matrix, cut)
