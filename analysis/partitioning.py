@@ -22,12 +22,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse as sp
+import scipy.sparse as sp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import linkage
-from scipy.sparse.csgraph import connected_components, laplacian
-from scipy.sparse.linalg import eigsh
-from scipy.spatial.distance import squareform
+from scipy.cluster.hierarchy import linkage  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components, laplacian  # type: ignore[import-untyped]
+from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
+from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
 
 from ..errors import UserError
 from .correlations import fisher
@@ -35,7 +35,7 @@ from .graph_tool import GraphToolFailed, GraphToolMissing, GraphToolTimeout, Nes
 from .parcellation import FloatArray, IntArray, PartitionPath, by_size
 
 if TYPE_CHECKING:
-    from igraph import Graph
+    from igraph import Graph  # type: ignore[import-untyped]
 
 HIERARCHY_FINEST = 4.0
 """Ward's path begins at this many times √n blocks (or at `n_blocks`, if that is more): half as many features in a block again are no region."""
@@ -238,7 +238,7 @@ def cut(merges: FloatArray, n_blocks: int) -> IntArray:
 
 def _spectral(correlation: FloatArray, options: PartitionOptions) -> PartitionPath:
     """Spectral clustering of the positive correlations; the number of blocks by the eigengap where none is given."""
-    from sklearn.cluster import SpectralClustering
+    from sklearn.cluster import SpectralClustering  # type: ignore[import-untyped]
 
     affinity = _positive(correlation)
     n_blocks = options.n_blocks or eigengap(affinity, options.seed)
@@ -310,7 +310,7 @@ def _leiden(correlation: FloatArray, options: PartitionOptions) -> PartitionPath
     """Leiden until nothing improves. A feature without positive correlations is a block of its own."""
     graph = _neighbour_graph(correlation, options)
     try:
-        import leidenalg
+        import leidenalg  # type: ignore[import-untyped]
     except ImportError:
         raise NoCommunitiesExtra('this method needs leidenalg: pip install "featlas[communities]"') from None
     kind = leidenalg.CPMVertexPartition if options.objective is Objective.CPM else leidenalg.RBConfigurationVertexPartition
@@ -346,9 +346,12 @@ def random_blocks(labels: Sequence[int] | IntArray, seed: int) -> IntArray:
 
 def _random(correlation: FloatArray, options: PartitionOptions) -> PartitionPath:
     """Random blocks of the sizes of `labels`, or `n_blocks` of equal size."""
-    if options.labels is None and options.n_blocks is None:
+    if options.labels is not None:
+        like = options.labels
+    elif options.n_blocks is not None:
+        like = np.arange(len(correlation)) % options.n_blocks
+    else:
         raise BadPartitionOption("random blocks need labels whose sizes they keep, or a number of blocks of equal size")
-    like = np.arange(len(correlation)) % options.n_blocks if options.labels is None else options.labels
     return PartitionPath(PartitionMethod.RANDOM.value, by_size(random_blocks(like, options.seed))[None])
 
 
@@ -383,7 +386,7 @@ METHODS: Mapping[PartitionMethod, Method] = MappingProxyType(
 
 def ami(a: Sequence[int] | IntArray, b: Sequence[int] | IntArray) -> float:
     """Adjusted mutual information (Vinh et al. 2010), arithmetic mean of the entropies: 1 for equal partitions, about 0 for independent ones."""
-    from sklearn.metrics import adjusted_mutual_info_score
+    from sklearn.metrics import adjusted_mutual_info_score  # type: ignore[import-untyped]
 
     first, second = _paired(a, b)
     return float(adjusted_mutual_info_score(first, second))

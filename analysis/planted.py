@@ -18,7 +18,7 @@ from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
+from scipy.special import ndtri  # type: ignore[import-untyped]
 
 from ..errors import UserError
 from .parcellation import FloatArray, IntArray
