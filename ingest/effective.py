@@ -18,7 +18,7 @@ Syed et al. 2023, arXiv 2310.10348, for S = 1, attribution patching).
 At one step (α = 1, the clean run) a feature inactive in the clean run gets no incoming edge.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from ..model.sites import OUTPUT, Site
 from .budget import chunk, forward_bytes, position_width, tail_row_bytes, vjp_row_bytes
 from .grouping import rank
 from .preparation import Candidates, Prepared, Tally, prepare
-from .rows import Rows, at_alpha, check_consistent, output_rows, rows_of
+from .rows import Cotangents, Rows, at_alpha, check_consistent, output_rows, rows_of
 from .settings import (
     Baseline,
     EdgeSettings,
@@ -174,7 +174,7 @@ def _expanded(prepared: Prepared, only: Mask | None) -> Iterator[tuple[Site, Row
         function = LocalFunction(prepared.binding, prepared.graph, site, prepared.bases)
         if not function.parents:
             continue
-        reachable = _reachable(prepared, function)
+        reachable = reachable_cells(prepared, function)
         if site == OUTPUT:
             rows = output_rows(prepared, function)
         else:
@@ -224,7 +224,7 @@ def _no_nodes(prepared: Prepared) -> dict[Site, Tensor]:
     return {site: torch.zeros(batch * pos, d.d_sae + 1, dtype=torch.bool, device=device) for site, d in prepared.dictionaries.items()}
 
 
-def _reachable(prepared: Prepared, function: LocalFunction) -> Tensor:
+def reachable_cells(prepared: Prepared, function: LocalFunction) -> Tensor:
     """Which cells see any changed parent node: at their own position, or at or before it where attention is recomputed; (cells,) bool."""
     batch, pos = prepared.shape
     live = torch.stack([prepared.candidates[parent].live for parent in function.parents]).any(0)
@@ -235,20 +235,32 @@ def _reachable(prepared: Prepared, function: LocalFunction) -> Tensor:
 
 def edges_into(prepared: Prepared, function: LocalFunction, rows: Rows) -> Iterator[_Coo]:
     """Single-position edges into rows of one site: batched VJPs of its local function, contracted and thresholded chunk by chunk."""
-    everything = _reachable(prepared, function)[rows.cell].nonzero().flatten()
+    kept_of = 1 if prepared.settings.threshold == 0 else 4  # a threshold leaves few
+    for chunk_of in gradients_into(prepared, function, rows, lambda packing: candidates_at(prepared, function, packing) * FOUND_BYTES // kept_of):
+        yield from _contract(prepared, chunk_of, rows.cell)
+
+
+def gradients_into(prepared: Prepared, function: LocalFunction, rows: Cotangents, per_slot: "PerSlot") -> "Iterator[Gradients]":
+    """Gradients of rows of one site with respect to its parents' values, chunk by chunk: batched VJPs of its local function.
+
+    per_slot: how many bytes are taken, for each slot of a packing's lanes, by what is made of the gradients.
+    """
+    everything = reachable_cells(prepared, function)[rows.cell].nonzero().flatten()
     _, pos = prepared.shape
     if not function.mixes_positions:
-        yield from _grouped_by_lane(prepared, function, rows, everything, None)
+        yield from _grouped_by_lane(prepared, function, rows, everything, None, per_slot)
         return
     # A row at position p has no gradient after p: rows of nearby positions go together, through a sequence cut behind the last.
     bucket = rows.cell[everything] % pos // position_width(pos)
     for number in bucket.unique().tolist():
         which = everything[bucket == number]
         length = int((rows.cell[which] % pos).max()) + 1
-        yield from _grouped_by_lane(prepared, function, rows, which, length)
+        yield from _grouped_by_lane(prepared, function, rows, which, length, per_slot)
 
 
-def _grouped_by_lane(prepared: Prepared, function: LocalFunction, rows: Rows, which: Tensor, length: int | None) -> Iterator[_Coo]:
+def _grouped_by_lane(
+    prepared: Prepared, function: LocalFunction, rows: Cotangents, which: Tensor, length: int | None, per_slot: "PerSlot"
+) -> "Iterator[Gradients]":
     """Pack the rows `which` into lanes: sequences of `length` positions, or single cells where `length` is None."""
     lane_of = rows.cell[which] // prepared.shape[1] if length else rows.cell[which]
     lanes, lane, counts = lane_of.unique(return_inverse=True, return_counts=True)  # rows are sorted by cell, hence by lane
@@ -265,12 +277,12 @@ def _grouped_by_lane(prepared: Prepared, function: LocalFunction, rows: Rows, wh
                 place = torch.full((len(lanes),), -1, device=lane.device)
                 place[chosen] = torch.arange(len(chosen), device=lane.device)
                 here = (place[lane] >= 0).nonzero().flatten()
-                packing = _Packing(lanes[chosen], place[lane[here]], slot[here], which[here], length)
-                yield from _lane_group(prepared, function, rows, packing)
+                packing = Packing(lanes[chosen], place[lane[here]], slot[here], which[here], length)
+                yield from _lane_group(prepared, function, rows, packing, per_slot)
         upper = lower
 
 
-class _Packing(NamedTuple):
+class Packing(NamedTuple):
     """Which rows go where: `row` sits in `slot` of lane number `lane`; `lanes` are the sequences or cells themselves.
 
     `length` is how many positions of a sequence a lane has, None where lanes are single cells.
@@ -291,6 +303,24 @@ class _Packing(NamedTuple):
         """A site's value (batch, pos, width) at the lanes, (lanes, length or 1, width)."""
         return value.flatten(0, 1)[self.lanes][:, None] if self.length is None else value[self.lanes, : self.length]
 
+    def cells(self, n_pos: int) -> Tensor:
+        """The cells of the lanes, one after the other, (lanes · (length or 1),)."""
+        if self.length is None:
+            return self.lanes
+        return (self.lanes[:, None] * n_pos + torch.arange(self.length, device=self.lanes.device)).flatten()
+
+
+PerSlot = Callable[[Packing], int]
+"""Bytes that a slot of all lanes of a packing takes."""
+
+
+class Gradients(NamedTuple):
+    """A chunk of rows' gradients, averaged over the steps. of: parent → (slots, lanes, length or 1, width); row_at: (slots, lanes) row or −1."""
+
+    of: Mapping[Site, Tensor]
+    row_at: Tensor
+    packing: Packing
+
 
 @dataclass(frozen=True)
 class _Pass:
@@ -301,7 +331,9 @@ class _Pass:
     steps: range
 
 
-def _lane_group(prepared: Prepared, function: LocalFunction, rows: Rows, packing: _Packing) -> Iterator[_Coo]:
+def _lane_group(
+    prepared: Prepared, function: LocalFunction, rows: Cotangents, packing: Packing, taken: PerSlot
+) -> Iterator[Gradients]:
     """Run the local function on the group's lanes at every step, then batched VJPs of a chunk of slots after the other.
 
     Where the passes of all steps would take too much memory, a few steps go at a time, once for each chunk of slots.
@@ -316,9 +348,7 @@ def _lane_group(prepared: Prepared, function: LocalFunction, rows: Rows, packing
         widths = sum(prepared.values[parent].shape[-1] for parent in function.parents)
         backward = vjp_row_bytes(prepared.binding, function, packing.per_lane)
         per_slot = n_lanes * packing.per_lane * (backward if steps == 1 else 2 * widths * rows.outs.itemsize)
-        kept_of = 1 if prepared.settings.threshold == 0 else 4  # a threshold leaves few
-        per_slot = max(per_slot, _candidates_at(prepared, function, packing) * FOUND_BYTES // kept_of)
-        step = chunk(memory, per_slot)
+        step = chunk(memory, max(per_slot, taken(packing)))
         for low in range(0, n_slots, step):
             chosen = ((packing.slot >= low) & (packing.slot < low + step)).nonzero().flatten()
             slot, lane, row = packing.slot[chosen] - low, packing.lane[chosen], packing.row[chosen]
@@ -332,18 +362,16 @@ def _lane_group(prepared: Prepared, function: LocalFunction, rows: Rows, packing
             else:
                 passes = (kept or _forward(prepared, function, packing, group) for group in groups)
                 gradients = _mean_over_steps(prepared, function, rows, passes, packing, at, n)
-            yield from _contract(prepared, gradients, row_at, packing, rows.cell)
+            yield Gradients(gradients, row_at, packing)
 
 
-def _candidates_at(prepared: Prepared, function: LocalFunction, packing: _Packing) -> int:
+def candidates_at(prepared: Prepared, function: LocalFunction, packing: Packing) -> int:
     """How many upstream nodes a slot of every lane meets."""
-    pos = prepared.shape[1]
-    lanes = packing.lanes
-    cells = lanes if packing.length is None else (lanes[:, None] * pos + torch.arange(packing.length, device=lanes.device)).flatten()
+    cells = packing.cells(prepared.shape[1])
     return sum(int(prepared.candidates[parent].counts[cells].sum()) for parent in function.parents)
 
 
-def _forward(prepared: Prepared, function: LocalFunction, packing: _Packing, steps: range) -> _Pass:
+def _forward(prepared: Prepared, function: LocalFunction, packing: Packing, steps: range) -> _Pass:
     """The local function on every lane at some steps, with a graph; consistent with the clean run at the last."""
     along = lambda site: torch.cat([packing.at_lanes(at_alpha(prepared, site, prepared.alphas[k])) for k in steps])
     leaves = {parent: along(parent).requires_grad_() for parent in function.parents}
@@ -368,7 +396,7 @@ class _Evaluations(NamedTuple):
 
 
 def _backward(
-    prepared: Prepared, function: LocalFunction, rows: Rows, run: _Pass, packing: _Packing, evaluations: _Evaluations, n_slots: int
+    prepared: Prepared, function: LocalFunction, rows: Cotangents, run: _Pass, packing: Packing, evaluations: _Evaluations, n_slots: int
 ) -> dict[Site, Tensor]:
     """One batched VJP: parent → gradients (slots, steps · lanes, length or 1, width)."""
     pos = prepared.shape[1]
@@ -387,7 +415,7 @@ def _backward(
 
 
 def _mean_over_steps(
-    prepared: Prepared, function: LocalFunction, rows: Rows, passes: Iterable[_Pass], packing: _Packing, at: _Evaluations, n_slots: int
+    prepared: Prepared, function: LocalFunction, rows: Cotangents, passes: Iterable[_Pass], packing: Packing, at: _Evaluations, n_slots: int
 ) -> dict[Site, Tensor]:
     """Gradients averaged over the path, parent → (slots, lanes, length or 1, width); steps at which a row is inactive are skipped."""
     n_lanes, memory = len(packing.lanes), prepared.settings.memory
@@ -416,24 +444,14 @@ def _mean_over_steps(
 # --- contraction ----------------------------------------------------------------------------------------------------
 
 
-def _contract(
-    prepared: Prepared, grads: Mapping[Site, Tensor], row_at: Tensor, packing: _Packing, row_cell: Tensor
-) -> Iterator[_Coo]:
-    """Effects of every changed parent node on the rows of one chunk, kept by threshold and by rank.
-
-    `grads`: parent → (slots, lanes, length or 1, width); `row_at`: (slots, lanes) row or −1.
-    """
-    (batch, pos), lanes = prepared.shape, packing.lanes
-    per_lane = packing.per_lane
-    cells = lanes if packing.length is None else (lanes[:, None] * pos + torch.arange(per_lane, device=lanes.device)).flatten()
-    # place: cell → its number among the lanes' flattened cells, −1 where the chunk has none
-    place = torch.full((batch * pos,), -1, device=lanes.device)
-    place[cells] = torch.arange(len(cells), device=lanes.device)
+def _contract(prepared: Prepared, gradients: Gradients, row_cell: Tensor) -> Iterator[_Coo]:
+    """Effects of every changed parent node on the rows of one chunk, kept by threshold and by rank."""
+    pos, per_lane, row_at = prepared.shape[1], gradients.packing.per_lane, gradients.row_at
+    place = places(prepared, gradients.packing)
     found = []
-    for parent, grad in grads.items():
+    for parent, grad in gradients.of.items():
         gradient = grad.flatten(1, 2)  # (slots, cells of the lanes, width)
-        if not gradient.isfinite().all():
-            raise NotFinite(f"gradients with respect to {parent.name} are not finite in {gradient.dtype}: take --dtype float32")
+        check_finite(gradient, parent)
         number = prepared.graph.sites.index(parent)
         for where, cell, index, weight in _effects(prepared, parent, gradient, place):
             row = row_at[where, place[cell] // per_lane]
@@ -446,6 +464,20 @@ def _contract(
         coo = _largest_per_row(coo, prepared.settings.max_edges)
     if len(coo.row):
         yield coo
+
+
+def places(prepared: Prepared, packing: Packing) -> Tensor:
+    """Cell → its number among the lanes' flattened cells, −1 where they have none, (cells,)."""
+    (batch, pos), cells = prepared.shape, packing.cells(prepared.shape[1])
+    place = torch.full((batch * pos,), -1, device=cells.device)
+    place[cells] = torch.arange(len(cells), device=cells.device)
+    return place
+
+
+def check_finite(gradient: Tensor, site: Site) -> None:
+    """Raise `NotFinite` for a gradient with respect to a site that is no number."""
+    if not gradient.isfinite().all():
+        raise NotFinite(f"gradients with respect to {site.name} are not finite in {gradient.dtype}: take --dtype float32")
 
 
 def _effects(prepared: Prepared, site: Site, gradient: Tensor, place: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

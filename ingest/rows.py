@@ -21,7 +21,7 @@ The output's own rows need no such factor: their cotangent is the metric's gradi
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,23 @@ SAMPLED = 16
 
 NOISE_FACTOR = 4.0
 """Differences of the metric below so many times its own rounding say nothing."""
+
+
+class Cotangents(Protocol):
+    """Rows of a site that go backward through its local function, sorted by cell: what the engine needs to know of them."""
+
+    @property
+    def cell(self) -> Tensor: ...  # (n,)
+
+    @property
+    def active(self) -> Tensor: ...  # (n, S) bool: the cotangent is not zero there
+
+    @property
+    def outs(self) -> Tensor: ...  # (S, cells, width) the site's value at each step
+
+    def cotangents(self, dictionary: Dictionary | None, row: Tensor, step: Tensor) -> Tensor:
+        """Cotangents of evaluations (n,): row and step of each → (n, width)."""
+        ...
 
 
 @dataclass(frozen=True)
