@@ -609,6 +609,8 @@ def read_circuit(store: GraphStore, name: str) -> Circuit:
     the graph no longer holds what the circuit was made of.
     """
     node = find_circuit(store, name)
+    if "parcellation" in json.loads(str(node.get("settings") or "{}")):
+        raise NotRestored(f"circuit {node['key']} has {node.get('description')} for nodes, not features: `featlas query circuit-edges` shows it")
     key, selection = str(node["key"]), _stored_selection(node)
     if selection.positions:
         circuit = _cut_again(store, key, selection)

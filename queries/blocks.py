@@ -75,9 +75,9 @@ def forget_parcellation(store: GraphStore, parcellation: str) -> None:
 
 
 def forget_drives(store: GraphStore, run: str, parcellation: str, chosen: list[str]) -> None:
-    """Remove what these blocks of a parcellation drive in a run."""
+    """Remove what these blocks of a parcellation drive each other in a run."""
     text = (
-        "MATCH (a:Block)-[d:DRIVES]->(:Block) WHERE d.run = $run AND a.parcellation = $parcellation AND a.key IN $chosen"
+        "MATCH (a:Block)-[d:DRIVES]->(b:Block) WHERE d.run = $run AND a.parcellation = $parcellation AND a.key IN $chosen AND b.key IN $chosen"
         " WITH d LIMIT $limit DELETE d RETURN count(*) AS n"
     )
     while _n(store.query(text, {"run": run, "parcellation": parcellation, "chosen": chosen, "limit": EDGES_AT_ONCE}, write=True)):
