@@ -1346,7 +1346,10 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-from . import cli_ablation  # noqa: E402, F401 - at the end: it registers its commands on this app and takes its options from here
+from . import (  # noqa: E402 - at the end: they register their commands on this app and take their options from here
+    cli_ablation,  # noqa: F401
+    cli_samples,  # noqa: F401
+)
 
 if __name__ == "__main__":
     main()

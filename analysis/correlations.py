@@ -12,7 +12,6 @@ Samples are sparse: of 2,048 features a token has 32. A feature that is silent h
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -233,8 +232,9 @@ def shuffled_samples(
     values = samples.values[kept][:, features]
     random = np.random.default_rng(seed)
     move = _rotated if null is Null.ROTATED else _permuted
-    place = {"sequence": samples.sequence[kept], "position": samples.position[kept], "group": samples.group[kept]}
-    return replace(samples, d_sae=len(features), values=move(values, random), **place)
+    return SiteSamples(
+        samples.site, samples.dictionary, len(features), move(values, random), samples.sequence[kept], samples.position[kept], samples.group[kept]
+    )
 
 
 def _permuted(values: Any, random: np.random.Generator) -> Any:

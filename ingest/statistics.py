@@ -400,15 +400,20 @@ def measure_attributions(
     `means` and the `statistics_run` that they come from are for the mean and noise baselines; the resampled one wants a corpus with donors.
     """
     measure = attribution_measure(bind(model), dictionaries, settings, means=means, first_position=corpus.first_position)
+    arguments = attribution_arguments(settings, donor_seed=corpus.donor_seed, statistics_run=statistics_run)
+    return measure_statistics(
+        store, model, dictionaries, corpus, options, basis="attribution", measure=measure, arguments=arguments, progress=progress
+    )
+
+
+def attribution_arguments(settings: EdgeSettings, *, donor_seed: int | None, statistics_run: str | None) -> dict[str, object]:
+    """What attributions depend on beside the texts and the model, JSON-able: enters the keys of runs of them."""
     arguments: dict[str, object] = {"metric": str(settings.metric), "node_baseline": str(settings.baseline), "statistics_run": statistics_run}
     if settings.steps != 1:
         arguments["steps"] = settings.steps
     if settings.baseline is Baseline.RESAMPLE:
-        arguments["donor_seed"] = corpus.donor_seed
-    arguments |= {name: value for name, value in settings.identity.items() if name in ("per_position", "noise_scale", "noise_seed")}
-    return measure_statistics(
-        store, model, dictionaries, corpus, options, basis="attribution", measure=measure, arguments=arguments, progress=progress
-    )
+        arguments["donor_seed"] = donor_seed
+    return arguments | {name: value for name, value in settings.identity.items() if name in ("per_position", "noise_scale", "noise_seed")}
 
 
 def node_means(
@@ -648,7 +653,7 @@ def _context_table(contexts: Contexts, d_sae: int, keys: Sequence[str], tokenize
             "value": contexts.value.cpu().numpy()[feature, rank], "sequence": sequence,
             "sequence_key": pl.Series([keys[i] for i in sequence] if keys else [None] * len(sequence), dtype=pl.String),
             "position": contexts.position.cpu().numpy()[feature, rank],
-            "ids": _rows(pl.Series(tokens.reshape(-1), dtype=pl.Int32), tokens.shape), "texts": _rows(_token_texts(tokens, tokenizer), tokens.shape),
+            "ids": _rows(pl.Series(tokens.reshape(-1), dtype=pl.Int32), tokens.shape), "texts": _rows(token_texts(tokens, tokenizer), tokens.shape),
         }
     )  # fmt: skip
     texts, before = pl.col("texts").list, contexts.before
@@ -664,7 +669,7 @@ def _rows(flat: pl.Series, shape: tuple[int, ...]) -> pl.Series:
     return flat.reshape(shape).arr.to_list() if len(flat) else pl.Series(dtype=pl.List(flat.dtype))
 
 
-def _token_texts(tokens: np.ndarray, tokenizer: Any) -> pl.Series:
+def token_texts(tokens: np.ndarray, tokenizer: Any) -> pl.Series:
     """The text of each token id, flat, null where there is none (-1); each different id is decoded once."""
     ids, place = np.unique(tokens, return_inverse=True)
     real = ids[ids >= 0]

@@ -13,8 +13,8 @@ there. A killed process leaves no run that is half written, only the hidden fold
 
 import json
 import shutil
-import tempfile
 import time
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -87,7 +87,7 @@ class SiteSamples:
     values: Any
     sequence: IntArray
     position: IntArray
-    group: IntArray = field(default=None)  # type: ignore[assignment]
+    group: IntArray = field(default=None)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
         if self.group is None:
@@ -241,7 +241,8 @@ class SampleStore:
             raise BadSamples(f"samples in {self.folder} were opened for reading")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep(key)
-        hidden = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=self.folder))
+        hidden = self.folder / f".{key}.{uuid.uuid4().hex[:12]}"
+        hidden.mkdir()
         writer = SampleWriter(hidden, self.folder / key)
         try:
             yield writer
@@ -272,7 +273,7 @@ class SampleWriter:
 
     def add_tokens(self, tokens: pl.DataFrame) -> None:
         """What the next rows are: `TOKEN_COLUMNS`."""
-        self._tokens.append(tokens.select(TOKEN_COLUMNS).cast(dict(TOKEN_COLUMNS)))
+        self._tokens.append(tokens.select(list(TOKEN_COLUMNS)).cast(pl.Schema(TOKEN_COLUMNS)))
 
     def add(self, site: str, rows: Any) -> None:
         """The next rows of a site, a CSR matrix (n_rows, d_sae)."""
@@ -294,7 +295,7 @@ class SampleWriter:
                 f"but given were {tokens.height} tokens, {run.sequences.height} sequences and sites {', '.join(self._sites)}, of these short: {wrong}"
             )
         tokens.write_parquet(self._hidden / "tokens.parquet")
-        run.sequences.cast(dict(SEQUENCE_COLUMNS)).write_parquet(self._hidden / "sequences.parquet")
+        run.sequences.cast(pl.Schema(SEQUENCE_COLUMNS)).write_parquet(self._hidden / "sequences.parquet")
         sites = tuple(self._sites[name].finish(run.dictionaries[name]) for name in run.dictionaries)
         described = {name: getattr(run, name) for name in ("key", "model", "basis", "source", "n_sequences", "n_tokens")}
         described |= {"dictionaries": dict(run.dictionaries), "settings": dict(run.settings), "sites": [asdict(site) for site in sites]}
