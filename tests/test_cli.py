@@ -79,6 +79,7 @@ def test_commands_are_those_of_the_design() -> None:
         ("demo",), ("doctor",), ("query",), ("report",), ("export",), ("neo4j", "import"),
         ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"), ("tasks", "bios"), ("tasks", "probe"),
         ("dictionaries", "list"), ("dictionaries", "train"), ("dictionaries", "evaluate"), ("ingest", "edges"), ("ingest", "statistics"),
+        ("ingest", "samples"),
         ("ingest", "finish"), ("ingest", "weights"), ("ingest", "correlations"), ("ingest", "definitions"), ("analyze", "circuit"),
         ("analyze", "agreement"), ("analyze", "selectivity"), ("analyze", "faithfulness"), ("analyze", "effects"), ("analyze", "mixture"),
         ("analyze", "improve"), ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
