@@ -11,7 +11,6 @@ from pathlib import Path
 
 from .errors import FeatlasError
 
-SYSTEM_PYTHON = Path("/usr/bin/python3")
 _JAVA = "install a Java 17 runtime (`apt-get install openjdk-17-jre-headless`)"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
@@ -76,10 +75,14 @@ def _ask(command: list[str], limit_s: float = 60) -> tuple[bool, str]:
 
 
 def check_graph_tool() -> Check:
-    """graph-tool, which lives under the system's Python and is asked in a process of its own."""
-    works, said = _ask([str(SYSTEM_PYTHON), "-c", "import graph_tool; print(graph_tool.__version__.split()[0])"])
-    hint = "for stochastic block models by graph-tool: `apt-get install python3-graph-tool`, or conda-forge's graph-tool"
-    return Check("graph-tool", works, f"{said} under {SYSTEM_PYTHON}" if works else hint)
+    """graph-tool, which lives under a Python of its own and is asked in a process of its own."""
+    from .analysis.graph_tool import INSTALL, VARIABLE, find_graph_tool
+
+    found = find_graph_tool()
+    if found is not None:
+        return Check("graph-tool", True, f"{found.version} under {found.path} ({found.found})")
+    named = f"{os.environ[VARIABLE]}, which {VARIABLE} names, has none: " if os.environ.get(VARIABLE) else ""
+    return Check("graph-tool", False, f"for stochastic block models by graph-tool: {named}{INSTALL}")
 
 
 def check_java() -> list[Check]:

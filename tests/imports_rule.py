@@ -19,7 +19,7 @@ ONLY_IN = {
     "py2neo": set(),
     "duckdb": {"queries/statistics.py"},
     "plotly": {"analysis/plots.py"},
-    "graph_tool": set(),
+    "graph_tool": {"analysis/graph_tool_worker.py"},
     "pickle": set(),
     "cloudpickle": set(),
     "joblib": set(),

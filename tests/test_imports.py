@@ -59,7 +59,7 @@ def test_no_file_names_a_registry_by_host() -> None:
         ("queries/bulk_import.py", "def f():\n    import neo4j.exceptions", "neo4j may be imported only in queries/server.py"),
         ("analysis/a.py", "import duckdb", "duckdb may be imported only in queries/statistics.py"),
         ("analysis/report.py", "import plotly.graph_objects as go", "plotly may be imported only in analysis/plots.py"),
-        ("analysis/a.py", "import graph_tool.all", "graph_tool may be imported only in no file"),
+        ("analysis/a.py", "import graph_tool.all", "graph_tool may be imported only in analysis/graph_tool_worker.py"),
         ("model/a.py", "import pickle", "pickle may be imported only in no file"),
         ("model/a.py", "weights = torch.load(path)", "torch.load runs code"),
         ("ingest/a.py", "moments = np.load(path, allow_pickle=True)", "allow_pickle runs code"),
