@@ -30,6 +30,8 @@ from ..model.metrics import Metric
 from ..model.sites import Site, SiteGraph, parse_site
 from ..model.targets import FeatureTarget, LogitTarget, ProbeTarget, Target, read_probe
 from ..model.tasks import Pair, PairBatch, TaskTooSmall, batches, load_task
+from ..model.unit_ablation import ablate_units
+from ..model.units import UnitEdges
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow, model_features, run_sequences
@@ -186,18 +188,18 @@ class Study:
 class Trial:
     """One circuit to be put to the test, and what it is called in the values frame.
 
-    mask: what is alive. complement: whether all but the circuit is tested too.
+    mask: what is alive; of edges between units all of their members' edges. complement: whether all but the circuit is tested too.
     """
 
     method: str
     size: int
-    mask: EdgeSet | NodeSet
+    mask: EdgeSet | NodeSet | UnitEdges
     draw: int = 0
     complement: bool = True
 
     @property
     def ablation(self) -> Ablation:
-        return Ablation.EDGE if isinstance(self.mask, EdgeSet) else Ablation.NODE
+        return Ablation.NODE if isinstance(self.mask, NodeSet) else Ablation.EDGE
 
 
 # --- opening ----------------------------------------------------------------------------------------------------------
@@ -401,13 +403,12 @@ def measure(
 def _measured(study: Study, batch: AblationBatch, trials: Sequence[Trial], split: str, drawn: int) -> pl.DataFrame:
     """All trials on one batch under one draw of the baseline."""
     frames = []
-    for ablation in Ablation:
-        own = [(i, trial) for i, trial in enumerate(trials) if trial.ablation is ablation]
+    for kind in (EdgeSet, UnitEdges, NodeSet):
+        own = [(i, trial) for i, trial in enumerate(trials) if isinstance(trial.mask, kind)]
         if not own:
             continue
         sets = [(i, part, trial.mask if part == CIRCUIT else trial.mask.inverse()) for i, trial in own for part in _parts(trial)]
-        first = own[0][1].mask
-        ends = _ablated(study, batch, ablation, [first.empty(study.graph), *(mask for _, _, mask in sets)])
+        ends = _ablated(study, batch, [_empty(own[0][1].mask), *(mask for _, _, mask in sets)])
         values = batch.measures(ends, study.metrics)  # each (1 + n_sets, batch)
         for metric, measured in values.items():
             full = batch.full(metric)
@@ -422,9 +423,14 @@ def _parts(trial: Trial) -> tuple[str, ...]:
     return (CIRCUIT, COMPLEMENT) if trial.complement else (CIRCUIT,)
 
 
-def _ablated(study: Study, batch: AblationBatch, ablation: Ablation, sets: Sequence[Any]) -> Tensor:
-    """What the target reads in each set, (n_sets, batch, width)."""
-    run = ablate_edges if ablation is Ablation.EDGE else ablate_nodes
+def _empty(mask: EdgeSet | NodeSet | UnitEdges) -> EdgeSet | NodeSet | UnitEdges:
+    """The set of the same kind in which nothing is alive."""
+    return mask.empty(mask.units) if isinstance(mask, UnitEdges) else mask.empty(mask.graph)
+
+
+def _ablated(study: Study, batch: AblationBatch, sets: Sequence[Any]) -> Tensor:
+    """What the target reads in each of several sets of one kind, (n_sets, batch, width)."""
+    run = ablate_units if isinstance(sets[0], UnitEdges) else ablate_edges if isinstance(sets[0], EdgeSet) else ablate_nodes
     return run(batch, sets, errors=study.options.errors, memory=study.options.memory)
 
 
