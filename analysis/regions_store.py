@@ -180,6 +180,10 @@ def _described(parcellation: Parcellation, own: SitePartition | None = None, sit
     return {**common, "dictionary": own.dictionary} if own else common
 
 
+def _layer(site: str) -> int:
+    return parse_site(site).layer
+
+
 def _partition_node(parcellation: Parcellation, own: SitePartition) -> dict[str, object]:
     return {
         "key": partition_key(parcellation.key, own.site), **_described(parcellation, own), "level": own.chosen,
@@ -201,7 +205,7 @@ def _block_nodes(parcellation: Parcellation, description: Description | None) ->
             rows += [
                 {
                     **common, "key": block_key(parcellation.key, own.site, _kind(parcellation), i, b), "kind": _kind(parcellation), "level": i,
-                    "chosen": i == own.chosen, "index": b, "size": int(size),
+                    "layer": _layer(own.site), "chosen": i == own.chosen, "index": b, "size": int(size),
                 }
                 for b, size in enumerate(sizes)
             ]  # fmt: skip
@@ -232,7 +236,7 @@ def _lists(rows: pl.DataFrame, value: str, column: str) -> pl.DataFrame:
 def _standing_blocks(parcellation: Parcellation, own: SitePartition) -> list[dict[str, object]]:
     """The blocks that stand at all levels."""
     n_dead = own.d_sae - len(own.features)
-    common = {**_described(parcellation, own), "level": -1, "chosen": True, "index": -1}
+    common = {**_described(parcellation, own), "layer": _layer(own.site), "level": -1, "chosen": True, "index": -1}
     dead = {**common, "key": block_key(parcellation.key, own.site, DEAD), "kind": DEAD, "size": n_dead, "label": f"dead features of {own.site}"}
     error = {**common, "key": block_key(parcellation.key, own.site, ERROR), "kind": ERROR, "size": 1, "label": f"error of {own.site}"}
     return [dead, error] if n_dead else [error]
@@ -245,7 +249,7 @@ def _feature_nodes(model: str, own: SitePartition) -> pl.DataFrame:
     stem = feature_key(model, own.dictionary, own.site, "")
     return pl.DataFrame({"number": range(own.d_sae + 1)}).select(
         key=pl.lit(stem) + pl.when(is_error).then(pl.lit("error")).otherwise(number.cast(pl.String)),
-        model=pl.lit(model), dictionary=pl.lit(own.dictionary), site=pl.lit(own.site), layer=pl.lit(parse_site(own.site).layer, dtype=pl.Int64),
+        model=pl.lit(model), dictionary=pl.lit(own.dictionary), site=pl.lit(own.site), layer=pl.lit(_layer(own.site), dtype=pl.Int64),
         kind=pl.when(is_error).then(pl.lit("error")).otherwise(pl.lit("feature")), index=pl.when(is_error).then(-1).otherwise(number),
         label=pl.when(is_error).then(pl.lit(f"error of {own.site}")),
     )  # fmt: skip
@@ -314,7 +318,7 @@ def unit_blocks(parcellation: Parcellation, units: Units, level: int | None = No
         if len(rows) != numbers.stop:
             raise NotUnits(f"{site.name} has {len(numbers)} units, which are not the blocks of parcellation {parcellation.key} at that level")
     y = {**_described(parcellation, site=OUTPUT.name), "key": block_key(parcellation.key, OUTPUT.name, OUTPUT_BLOCK), "kind": OUTPUT_BLOCK,
-         "level": -1, "chosen": True, "index": -1, "label": output}  # fmt: skip
+         "layer": -1, "level": -1, "chosen": True, "index": -1, "label": output}  # fmt: skip
     frame = pl.DataFrame([*rows, y], infer_schema_length=None)
     return frame.with_columns(pl.Series("size", units.sizes.numpy()))
 
@@ -324,7 +328,7 @@ def _site_units(parcellation: Parcellation, own: SitePartition, level: int | Non
     blocks = [
         {
             **_described(parcellation, own), "key": block_key(parcellation.key, own.site, _kind(parcellation), at, b), "kind": _kind(parcellation),
-            "level": at, "chosen": at == own.chosen, "index": b,
+            "level": at, "layer": _layer(own.site), "chosen": at == own.chosen, "index": b,
         }
         for b in range(int(own.labels_of(at).max(initial=-1)) + 1)
     ]  # fmt: skip
@@ -332,7 +336,7 @@ def _site_units(parcellation: Parcellation, own: SitePartition, level: int | Non
 
 
 def _whole_site(parcellation: Parcellation, site: str) -> list[dict[str, object]]:
-    common = {**_described(parcellation, site=site), "level": -1, "chosen": True, "index": -1}
+    common = {**_described(parcellation, site=site), "layer": _layer(site), "level": -1, "chosen": True, "index": -1}
     labels = {WHOLE: f"all features of {site}", ERROR: f"error of {site}"}
     return [{**common, "key": block_key(parcellation.key, site, kind), "kind": kind, "label": label} for kind, label in labels.items()]
 

@@ -124,14 +124,16 @@ def load_query(name: str) -> NamedQuery:
 
 
 def run_query(store: GraphStore, name: str, given: Mapping[str, object] | None = None) -> pl.DataFrame:
-    """Answer a named query. A `run` may be the beginning of a run's key; left out, it is the graph's only run, where it has just one.
+    """Answer a named query. A `run` may be the beginning of a run's key; left out, it is the graph's only run, where it has just one. Likewise
+    `parcellation`.
 
     Raises `UnknownQuery` or `BadParameters`.
     """
     query = load_query(name)
     given = dict(given or {})
-    if any(parameter.name == "run" for parameter in query.parameters):
-        given["run"] = _run_key(store, given.get("run"))
+    for name, known in _KEYS.items():
+        if any(parameter.name == name for parameter in query.parameters):
+            given[name] = _whole_key(store, name, known, given.get(name))
     values, text = query.bind(given), query.text_for(store.dialect)
     for parameter in query.parameters:
         if parameter.kind is ParameterKind.COUNT:
@@ -139,15 +141,29 @@ def run_query(store: GraphStore, name: str, given: Mapping[str, object] | None =
     return store.query(text, values)
 
 
-def _run_key(store: GraphStore, given: object) -> str:
-    """The one run that `given` begins, or the only one where nothing is given."""
-    runs = [str(key) for key in store.query("MATCH (r:Run) RETURN r.key AS run ORDER BY run")["run"]]
-    fitting = [key for key in runs if given is None or key == given] or [key for key in runs if key.startswith(str(given))]
+def _whole_key(store: GraphStore, name: str, known: "_Keys", given: object) -> str:
+    """The one key that `given` begins, or the only one where nothing is given."""
+    keys = [str(key) for key in store.query(known.text)["key"]]
+    fitting = [key for key in keys if given is None or key == given] or [key for key in keys if key.startswith(str(given))]
     if len(fitting) == 1:
         return fitting[0]
-    there = f"the graph has {', '.join(runs[:5])}{', …' if len(runs) > 5 else ''}" if runs else "the graph has no run yet"
-    said = "parameter 'run' is missing" if given is None else f"no run {given!r}" if not fitting else f"run {given!r} fits several"
-    raise BadParameters(f"{said}, and {there}: see the query runs")
+    there = f"the graph has {', '.join(keys[:5])}{', …' if len(keys) > 5 else ''}" if keys else f"the graph has no {name} yet"
+    said = f"parameter {name!r} is missing" if given is None else f"no {name} {given!r}" if not fitting else f"{name} {given!r} fits several"
+    raise BadParameters(f"{said}, and {there}: see the query {known.query}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """How to find which keys a parameter may have: `text` lists them, `query` is the named query that shows what they are of."""
+
+    text: str
+    query: str
+
+
+_KEYS = {
+    "run": _Keys("MATCH (r:Run) RETURN r.key AS key ORDER BY key", "runs"),
+    "parcellation": _Keys("MATCH (p:Partition) WHERE p.parcellation IS NOT NULL RETURN DISTINCT p.parcellation AS key ORDER BY key", "partitions"),
+}
 
 
 @cache

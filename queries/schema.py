@@ -149,7 +149,7 @@ _NODES = (
     NodeLabel(
         "Block",
         {
-            **_PARTITION, "kind": STRING, "chosen": BOOL, "index": INT64, "size": INT64, "label": STRING, "automatic_label": STRING,
+            **_PARTITION, "layer": INT64, "kind": STRING, "chosen": BOOL, "index": INT64, "size": INT64, "label": STRING, "automatic_label": STRING,
             "mean_correlation": DOUBLE, "mean_correlation_outside": DOUBLE, "mean_cosine": DOUBLE, "mean_cosine_outside": DOUBLE,
             "frequency": DOUBLE, "member_frequency": DOUBLE, "mean_activation": DOUBLE, "task": STRING, "task_share": DOUBLE, "task_entropy": DOUBLE,
             "distinctive_task": STRING, "distinctive_lift": DOUBLE, "top_features": STRING, "contexts": STRING,

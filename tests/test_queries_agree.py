@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from featlas.analysis.regions import describe
+from featlas.analysis.regions_store import write_drives, write_region_circuit, write_regions
 from featlas.queries.library import BadParameters, NamedQuery, UnknownQuery, list_queries, load_query, run_query
-from featlas.queries.schema import EDGES, feature_key, output_key
+from featlas.queries.schema import EDGES, block_key, feature_key, output_key
 from featlas.queries.store import GraphStore, SequenceCommit, ServerCredentials, open_graph
 from polars.testing import assert_frame_equal
 
+from .region_cases import SEQUENCES, TOKENS, random_weights, small_parcellation, small_samples, small_units
 from .servers import Neo4jTestServer
 
 N_LAYERS, N_FEATURES, N_SEQUENCES = 4, 5, 6
@@ -84,6 +87,12 @@ def fill(store: GraphStore, seed: int) -> None:
     store.merge_edges("ABLATED", ablated.with_columns(effect=-nodes["frequency"]))
     store.merge_nodes("Block", pl.DataFrame({"key": ["b1", "b2"], "size": [3, 4], "mean_cosine": [0.5, None]}))
     store.merge_nodes("Partition", pl.DataFrame({"key": ["p"], "method": ["sbm"]}))
+    regions = small_parcellation()
+    units = small_units(regions)
+    write_regions(store, regions, describe(regions, lambda site: small_samples(site, seed), SEQUENCES, TOKENS))
+    write_drives(store, "r1", regions, units, random_weights(units, seed=seed))
+    mean = random_weights(units, seed=seed).mean(axis=0)
+    write_region_circuit(store, "r1", regions, units, np.argwhere(mean), mean)
     store.merge_nodes("Score", pl.DataFrame({
         "key": ["x1", "x2", "x3"], "kind": "faithfulness", "method": ["attribution", "attribution", "random edges"], "ablation": "edge",
         "metric": "kl", "baseline": "mean", "averaging": "mean of ratios", "split": "held-out", "task": "pooled", "seed": 0,
@@ -113,7 +122,12 @@ def arguments(query: NamedQuery) -> dict[str, object]:
     known: dict[str, object] = {
         "run": "r1", "feature": feature_key("tiny@1", "identity", "resid_1", 2), "circuit": "c", "site": "resid_0",
         "task": TASKS[0], "other_task": TASKS[2], "sequence": "s1", "position": -1, "least": 1 / 64, "text": "läbel 1", "limit": 7,
+        "parcellation": "p1", "block": block_key("p1", "resid_1", "roi", 1, 0),
     }
+    if query.name == "regions_of_feature":
+        known["feature"] = feature_key("tiny@1", "d1", "resid_1", 2)
+    if query.name == "regions_of_task":
+        known["task"] = "ioi"
     return {parameter.name: known[parameter.name] for parameter in query.parameters if parameter.name in known}
 
 
