@@ -132,15 +132,14 @@ def correlation(
 ) -> FloatArray:
     """Correlations of these features over the rows (all unless given), (n, n) float64; 1 on the diagonal, 0 where a feature is constant.
 
-    Exact to rounding: sums of products in float64. Memory: n² floats for the result, `BLOCK_BYTES` for a block of products, and the chosen columns
-    once more in float64. Raises `TooFewSamples` for fewer than 2 rows.
+    Exact to rounding: sums of products in float64. Memory: n² floats for the result, `BLOCK_BYTES` for a block of products or of rows, and the
+    chosen rows and columns once more (sparse ones in float64). Raises `TooFewSamples` for fewer than 2 rows.
     """
     values = _rows(samples.values, rows)[:, features]
     if values.shape[0] < 2:
         raise TooFewSamples(f"samples of {samples.site} have {values.shape[0]} tokens to correlate over: there must be at least 2")
     constant = _constant(values)
-    values = transformed(values.astype(np.float64), kind)  # a copy
-    covariance = _covariance(values)
+    covariance = _covariance(transformed(values, kind))
     scale = np.sqrt(np.clip(np.diag(covariance), 0.0, None))
     scale[constant] = 0.0
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale > 0)
@@ -152,11 +151,11 @@ def correlation(
 
 
 def _covariance(values: Any) -> FloatArray:
-    """Population covariances of the columns of values (n_rows, n), (n, n). Dense values are centred in place."""
+    """Population covariances of the columns of values (n_rows, n), (n, n) float64."""
     n_rows, n = values.shape
     if not sparse.issparse(values):
-        values -= values.mean(axis=0)
-        return values.T @ values / n_rows
+        return _dense_covariance(values)
+    values = values.astype(np.float64)
     mean = np.asarray(values.mean(axis=0)).ravel()
     columns = values.T.tocsr()  # (n, n_rows)
     product = np.empty((n, n))
@@ -169,11 +168,23 @@ def _covariance(values: Any) -> FloatArray:
     return product
 
 
+def _dense_covariance(values: NDArray[Any]) -> FloatArray:
+    """The same of a dense array: centred first, a block of rows at a time."""
+    n_rows, n = values.shape
+    mean = values.mean(axis=0, dtype=np.float64)
+    product = np.zeros((n, n))
+    step = max(1, BLOCK_BYTES // (8 * max(n, 1)))
+    for start in range(0, n_rows, step):
+        centred = values[start : start + step] - mean
+        product += centred.T @ centred
+    return product / n_rows
+
+
 def transformed(values: Any, kind: Correlation) -> Any:
-    """Values (n_rows, n) float64, CSR or dense, of which Pearson's coefficient is the one asked for; 0 stays 0."""
+    """Values (n_rows, n), CSR or dense, of which Pearson's coefficient is the one asked for; 0 stays 0. All but Pearson's own are float64."""
     if kind is Correlation.PEARSON:
         return values
-    csr = sparse.csr_matrix(values)
+    csr = sparse.csr_matrix(values, dtype=np.float64)
     csr.eliminate_zeros()
     change = {Correlation.SIGNED_LOG: _signed_log, Correlation.SPEARMAN: _ranks}[kind]
     changed = sparse.csr_matrix((change(csr), csr.indices, csr.indptr), shape=csr.shape)
