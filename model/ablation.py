@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .baselines import NodeValues
-from .binding import Binding, Forward, LocalFunction
+from .binding import Binding, Forward, LocalFunction, UnknownArchitecture
 from .dictionaries import Dictionary, TopKDictionary
 from .edge_ablation import EdgeAblation
 from .low_rank import LowRank, low_rank
@@ -33,7 +33,8 @@ from .masks import ERROR, SHARED, SOURCE_SITE, TARGET_SITE, EdgeSet, Errors, Nod
 from .metrics import Metric
 from .pairs import PairBatch
 from .products import fast_products
-from .sites import OUTPUT, Basis, Site, SiteGraph, SiteKind
+from .sites import EMBED, OUTPUT, Basis, Site, SiteGraph, SiteKind
+from .tail import CleanRun, Prefix
 from .targets import LogitTarget, Target
 
 DEFAULT_MEMORY = 2**31
@@ -97,6 +98,34 @@ class CleanBatch:
             sample = self.values[read][:1] if read in self.values else self.values[function.parents[0]][:1]
             self._forms[site] = low_rank(function, self.run, sample)
         return self._forms[site]
+
+    @cached_property
+    def streams(self) -> CleanRun:
+        """The clean run with every residual stream up to the end."""
+        layers = range(self.end.layer + (self.end.kind is SiteKind.RESID))
+        wanted = {**dict.fromkeys([EMBED, *(Site(SiteKind.RESID, layer) for layer in layers)], Basis.RESIDUAL), self.end: self.target.basis}
+        run = self.binding.forward(self.pairs.clean[:, : self.length], wanted, keep_attention=True, stop_early=True)
+        return CleanRun(self.binding, run, run.values)
+
+    @cached_property
+    def begins_late(self) -> bool:
+        """Whether a run may begin behind the first position, on the clean keys and values of those before."""
+        try:
+            self.streams.keys_values(self.end.layer)
+        except UnknownArchitecture:  # its attention can be run on whole sequences alone
+            return False
+        return True
+
+    def behind(self, function: LocalFunction, sequence: Tensor, begin: int) -> Forward:
+        """The attention's arguments for runs of a local function on these sequences (n,) from position `begin` on, clean before it."""
+        if begin == 0:
+            return self.run
+        run = Forward(attention=dict(self.streams.suffix(begin, self.length).attention))
+        for layer in range(function.lowest, function.target.layer + 1) if function.mixes_positions else ():
+            args, kwargs = run.attention[layer]
+            cache = Prefix(self.streams.keys_values(layer), sequence, begin)
+            run.attention[layer] = (args, {**kwargs, self.binding.cache_name: cache})
+        return run
 
     @cached_property
     def nodes(self) -> dict[Site, NodeValues]:

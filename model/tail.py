@@ -49,7 +49,7 @@ class CleanRun:
         n, pos = stream.shape[:2]
         if start := pos // 2:
             everything = torch.arange(n, device=stream.device)
-            prefix = _Prefix(recorder.seen, everything, start)
+            prefix = Prefix(recorder.seen, everything, start)
             part = self.binding.attend(layer, stream[:, start:], self.run.suffix(start, pos), cache=prefix)
             compare(part, whole[:, start:], f"attention {layer} behind a prefix", self.binding)
         return recorder.seen
@@ -72,7 +72,7 @@ class _Recorder:
         return keys, values
 
 
-class _Prefix:
+class Prefix:
     """Stands where transformers puts a cache: puts the clean keys and values of the positions before `start` in front."""
 
     def __init__(self, clean: tuple[Tensor, Tensor], sequence: Tensor, start: int) -> None:
@@ -141,7 +141,7 @@ class Tail:
         """One block on the suffix; in the end's own layer what the end holds, at its position alone."""
         binding, last = self.clean.binding, layer == self.end.layer
         basis = self.end_basis if last and self.end.kind is SiteKind.ATTN else Basis.RESIDUAL
-        cache = _Prefix(self.clean.keys_values(layer), sequence, start) if start else None
+        cache = Prefix(self.clean.keys_values(layer), sequence, start) if start else None
         attn = binding.attend(layer, x, self.clean.suffix(start, self.length), basis, cache=cache)
         if last and self.end.kind is SiteKind.ATTN:
             return attn

@@ -6,8 +6,8 @@ What is computed is what `ablate_edges` makes of the expanded set (see `ablation
    have the same private input, and so have those of sets that agree in all that the site reads.
 2. An input falls into rows, one for each sequence, or for each position where the local function does not mix them. Its signature says
    whether a row equals another one, the clean run's, or the baseline (where baselines are those of a run): then nothing is computed.
-3. Each distinct row goes once through the whole local function and the encoder. A slot keeps its own nodes of the result, as the
-   number of that row: nodes are never copied.
+3. Each distinct row goes once through the whole local function and the encoder, from the first position on at which it differs from the
+   clean run. A slot keeps its own nodes of the result, as the number of that row: nodes are never copied.
 
 The cost is one run of a local function for each distinct row; a set that differs late from the clean run costs only what lies behind.
 """
@@ -143,8 +143,11 @@ class _Inputs:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """The rows of inputs. of (n, batch, pos or 1): the number of the computed row, `_BASE`, or `_CLEAN`; of m computed ones: input, sequence,
-    position (m,) each."""
+    """The rows of inputs. of (n, batch, pos or 1): the number of the computed row, `_BASE`, or `_CLEAN`.
+
+    Of m computed rows, in ascending order of the position: input, sequence, position (m,) each. Where positions are mixed a row begins at its
+    position: before it, it is clean.
+    """
 
     of: Tensor
     input: Tensor
@@ -224,8 +227,8 @@ class _UnitAblation:
             n += len(nodes)
             places.append(place)
             errors.append(rest)
-        features = self._numbered(site, rows, len(delta), torch.arange(len(rows), device=rows.of.device))
-        error_nodes = self._numbered(site, rows, len(error), needs_error.cumsum(0) - 1)
+        features = self._numbered(site, rows, len(delta), torch.ones_like(needs_error))
+        error_nodes = self._numbered(site, rows, len(error), needs_error)
         classes, of = inputs.of.unique(dim=0, return_inverse=True)  # (classes, S)
         classes = classes.to(features.device)
         index = torch.cat([features[classes[:, :-1]], error_nodes[classes[:, -1:]]], dim=1)  # dead slots are −1, the last one: the baseline
@@ -237,7 +240,7 @@ class _UnitAblation:
         inputs = self._inputs(OUTPUT)
         rows = self._rows(OUTPUT, inputs)
         found = [clean.values[clean.end][:, -1][:0]]
-        found += [self._values(OUTPUT, inputs, rows, part)[:, -1] for part in self._parts(OUTPUT, len(rows))]
+        found += [self._values(OUTPUT, inputs, rows, part)[:, -1] for part in self._parts(OUTPUT, rows)]
         values = torch.cat([*found, self.batch.clean_end])  # the clean rows last
         sequences = torch.arange(clean.size, device=values.device) + len(rows)
         number = rows.of[:, :, -1]
@@ -255,21 +258,23 @@ class _UnitAblation:
         delta, error = (nodes.features - base.features).flatten(0, 1), (nodes.error - base.error).flatten(0, 1)
         return torch.cat([torch.zeros_like(delta[:1]), delta]), torch.cat([torch.zeros_like(error[:1]), error])
 
-    def _numbered(self, site: Site, rows: _Rows, start: int, number: Tensor) -> Tensor:
+    def _numbered(self, site: Site, rows: _Rows, start: int, kept: Tensor) -> Tensor:
         """The rows in a site's table of all inputs, (n + 1, batch, pos), the last one at the baseline.
 
-        start: where the computed rows begin. number (m,): each one's place among those that the table has.
+        start: where the computed rows begin in the table. kept (m,): which of them it has.
         """
         length, clean = self.batch.clean.length, self._clean_rows()
-        positions = 1 if not self.batch.clean.functions[site].mixes_positions or self.last_only[site] else length  # of a row
-        if not len(rows):
-            number = number.new_zeros(1)
-        first = start + number[rows.of.clamp(min=0)] * positions  # (n, batch, pos or 1)
-        own = first + torch.arange(positions, device=first.device) if positions > 1 else first
-        here = clean[:, -own.shape[-1] :]
-        own = torch.where(rows.of >= 0, own, torch.where(rows.of == _CLEAN, here, 0))
+        several = self.batch.clean.functions[site].mixes_positions and not self.last_only[site]  # positions of a row
+        sizes = kept * (length - rows.position if several else 1)
+        first = start + torch.cat([sizes.cumsum(0) - sizes, sizes.new_zeros(1)])[rows.of.clamp(min=0)]  # (n, batch, pos or 1)
+        if several:
+            at = torch.arange(length, device=first.device)
+            begin = torch.cat([rows.position, sizes.new_zeros(1)])[rows.of.clamp(min=0)]
+            own = torch.where((rows.of >= 0) & (at >= begin), first + at - begin, torch.where(rows.of == _BASE, 0, clean))
+        else:
+            own = torch.where(rows.of >= 0, first, torch.where(rows.of == _BASE, 0, clean[:, -rows.of.shape[-1] :]))
         found = own.new_zeros(len(own) + 1, clean.shape[0], length)
-        found[:-1, :, -own.shape[-1] :] = own  # of the others nothing is read
+        found[:-1, :, -own.shape[-1] :] = own  # of the other positions nothing is read
         return found
 
     def _state(self, site: Site, of: Tensor, places: Tensor, values: Tensor, n: int, error: Tensor, index: Tensor) -> _State:
@@ -340,22 +345,25 @@ class _UnitAblation:
 
     def _rows(self, site: Site, inputs: _Inputs) -> _Rows:
         """The rows of a site's inputs; equal ones have one number."""
-        mixes, device = self.batch.clean.functions[site].mixes_positions, inputs.mask.device
-        change, clean = self._signatures(site, inputs)  # (n, batch, pos or 1), (batch, pos or 1)
-        of = torch.where(change == clean, _CLEAN, _BASE)
-        todo = change != clean
+        mixes, length = self.batch.clean.functions[site].mixes_positions, self.batch.clean.length
+        change, clean = self._signatures(site, inputs)  # (n, batch, pos), (batch, pos), or of the last position alone
+        position = (change != clean).long().argmax(dim=-1, keepdim=True) if mixes else torch.arange(length)[-change.shape[-1] :].to(change.device)
+        position = position.expand(-1, len(clean), -1) if mixes else position.expand_as(change)
+        together = row_hashes(change.flatten(0, 1)).view(*change.shape[:2], 1) if mixes else change
+        differs, todo = ((change != other).any(dim=-1, keepdim=True) if mixes else change != other for other in (0, clean))
+        of = torch.where(todo, _BASE, _CLEAN)
         if self._free(site):
-            todo &= change != 0
-        number, sequence, position = todo.nonzero(as_tuple=True)
-        first, inverse = distinct(row_hashes(torch.stack([change[todo], sequence, position], dim=1)))
-        # In the order of sequences: what is read together lies together.
-        order = (sequence[first] * change.shape[-1] + position[first]).argsort(stable=True)
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=device)
-        of[todo] = place[inverse]
+            todo = todo & differs
+        number, sequence, place = todo.nonzero(as_tuple=True)
+        position = position[todo]
+        first, inverse = distinct(row_hashes(torch.stack([together[todo], sequence, place], dim=1)))
+        order = (position[first] * len(clean) + sequence[first]).argsort(stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=rank.device)
+        of[todo] = rank[inverse]
         first = first[order]
-        at = position[first] + (self.batch.clean.length - change.shape[-1] if not mixes else 0)
-        return _Rows(of, number[first], sequence[first], at)
+        late = not mixes or self.batch.clean.begins_late
+        return _Rows(of, number[first], sequence[first], position[first] if late else torch.zeros_like(first))
 
     def _free(self, site: Site) -> bool:
         """Whether a row whose sources are all at their baseline is at its own: where baselines are a run's."""
@@ -363,12 +371,12 @@ class _UnitAblation:
         return site != OUTPUT and not function.constants and all(base[s].origin is not None for s in (site, *function.parents))
 
     def _signatures(self, site: Site, inputs: _Inputs) -> tuple[Tensor, Tensor]:
-        """Numbers of how rows differ from the baseline, (n, batch, pos or 1) int64; those of the clean run, (batch, pos or 1)."""
-        mixes, last = self.batch.clean.functions[site].mixes_positions, self.last_only[site]
+        """Numbers of how inputs differ from the baseline, (n, batch, pos) int64; those of the clean run, (batch, pos). Or of the last position."""
+        only_last = self.last_only[site] and not self.batch.clean.functions[site].mixes_positions
         total, offset, whole = None, 0, torch.zeros((), dtype=torch.int64)
         for i, parent in enumerate(self.batch.graph.parents(site)):
             state = self.states[parent]
-            codes, clean = (_together(c) if mixes else (c[..., -1:] if last else c) for c in (state.codes, state.clean))
+            codes, clean = (c[..., -1:] if only_last else c for c in (state.codes, state.clean))
             if total is None:
                 total = torch.zeros(len(inputs.mask), *codes.shape[2:], dtype=torch.int64, device=codes.device)
             number, slot = inputs.mask[:, offset : offset + codes.shape[1]].nonzero(as_tuple=True)
@@ -381,22 +389,25 @@ class _UnitAblation:
 
     # -- what they are ------------------------------------------------------------------------------------------------
 
-    def _parts(self, site: Site, n: int) -> Iterator[Tensor]:
-        """Rows that go through the local function together."""
+    def _parts(self, site: Site, rows: _Rows) -> Iterator[Tensor]:
+        """Rows that go through the local function together: where it mixes positions those that begin at the same one."""
         clean = self.batch.clean
-        positions = clean.length if clean.functions[site].mixes_positions else 1
+        mixes = clean.functions[site].mixes_positions
+        begins = rows.position if mixes else torch.zeros_like(rows.position)
         widest = max(dictionary.d_sae for dictionary in clean.dictionaries.values())
-        size = max(1, self.memory // 4 // (4 * positions * (32 * clean.binding.d_model + 6 * widest)))
-        if clean.binding.device.type == "cpu":
-            size = min(size, max(1, _POSITIONS_ON_CPU // positions))
-        yield from torch.arange(n, device=clean.binding.device).split(size) if n else ()
+        for begin in begins.unique().tolist():
+            positions = clean.length - begin if mixes else 1
+            size = max(1, self.memory // 4 // (4 * positions * (32 * clean.binding.d_model + 6 * widest)))
+            if clean.binding.device.type == "cpu":
+                size = min(size, max(1, _POSITIONS_ON_CPU // positions))
+            yield from (begins == begin).nonzero().flatten().split(size)
 
     def _encoded(self, site: Site, inputs: _Inputs, rows: _Rows, needs_error: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Of the computed rows in turn: differences of the features from the baseline, (n, d_sae) for n cells; those of the error nodes that are
         needed, (m, width)."""
         clean, dictionary, base = self.batch.clean, self.batch.clean.dictionaries[site], self.batch.base[site]
         mixes = clean.functions[site].mixes_positions
-        for part in self._parts(site, len(rows)):
+        for part in self._parts(site, rows):
             value = self._values(site, inputs, rows, part)  # (R, pos or 1, width)
             at = (rows.sequence[part],) if mixes else (rows.sequence[part], rows.position[part])
             before = [
@@ -413,19 +424,21 @@ class _UnitAblation:
         function = clean.functions[site]
         mixes = function.mixes_positions
         number, sequence = rows.input[part], rows.sequence[part]
+        begin = int(rows.position[part[0]]) if mixes else 0
         at = (sequence,) if mixes else (sequence, rows.position[part])
         values, offset = {}, 0
         for i, parent in enumerate(function.parents):
             state = self.states[parent]
             slots = torch.arange(state.index.shape[1], device=part.device)
             row = state.index[(inputs.classes[number, i, None], slots, *(where[:, None] for where in at))]  # (R, S, pos), (R, S) of one position
-            row = (row if mixes else row[..., None]) * inputs.mask[number, offset : offset + len(slots), None]
-            start = _picked(self.batch.base_values[parent], at, mixes)
+            row = (row[..., begin:] if mixes else row[..., None]) * inputs.mask[number, offset : offset + len(slots), None]
+            start = _picked(self.batch.base_values[parent], at, mixes)[:, begin:]
             values[parent] = start + self._decoded(parent, state, row) + state.error[row[:, -1]]
             offset += len(slots)
-        constants = {c: _picked(clean.values[c].expand(clean.size, clean.length, -1), at, mixes) for c in function.constants}
+        constants = {c: _picked(clean.values[c].expand(clean.size, clean.length, -1), at, mixes)[:, begin:] for c in function.constants}
+        run = clean.behind(function, sequence, begin)
         with fast_products(clean.values[clean.end]):
-            value = function(values, constants, clean.run)
+            value = function(values, constants, run)
         return value[:, -1:] if self.last_only[site] else value
 
     def _decoded(self, parent: Site, state: _State, row: Tensor) -> Tensor:
@@ -436,12 +449,6 @@ class _UnitAblation:
         change = state.delta[row.transpose(1, 2)[..., state.slot], columns]  # (R, pos or 1, C)
         used = change.flatten(0, 1).any(dim=0).nonzero().flatten()
         return linear(change[..., used], self.batch.clean.dictionaries[parent].W_dec[state.columns[used]].T)
-
-
-def _together(codes: Tensor) -> Tensor:
-    """One number for all positions of a slot, (..., pos) → (..., 1): 0 where nothing differs."""
-    own = row_hashes(codes.flatten(0, -2)).view(*codes.shape[:-1], 1)
-    return torch.where((codes != 0).any(dim=-1, keepdim=True), own, 0)
 
 
 def _picked(tensor: Tensor, at: tuple[Tensor, ...], mixes: bool) -> Tensor:
