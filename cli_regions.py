@@ -273,6 +273,7 @@ def analyze_ablate_rois_command(
     from . import region_verdict, regions, show_region_verdict
     from .analysis.study import found_pairs, held_out_pairs
     from .queries.samples import SampleStore
+    from .queries.statistics import StatisticsStore
     from .queries.subgraphs import find_run
 
     of_edges = () if edge_shares == "none" else number_list("--edge-shares", edge_shares, float)
@@ -305,11 +306,15 @@ def analyze_ablate_rois_command(
                 yield lambda done, total: bar(done, total, "")
 
         verdict = region_verdict.put_to_the_test(study, {region_verdict.REGIONS: chosen, **others}, pairs, tested, options, progress=progress)
-        save_result(output, lambda file: save_frame(verdict.all_values, file))
+        save_result(output, lambda file: save_frame(region_verdict.all_values(verdict), file))
         save_page(gallery, lambda: region_verdict.page(verdict, chosen, labels))
         if as_json:
-            console.say_json(region_verdict.as_json(verdict))
+            console.say_json(region_verdict.as_json(verdict, chosen))
         else:
             show_region_verdict.show_verdict(verdict, chosen, labels, show_n)
         if write:
-            region_verdict.write_back(store, atlas, verdict, chosen, labels)
+            with StatisticsStore(atlas) as statistics:
+                written = region_verdict.write_back(store, statistics, verdict, chosen)
+            if not as_json:
+                counts = f"{written.n_drives:,} edges between blocks, {written.n_circuits} circuits of them, {written.n_scores} scores"
+                console.say(f"written: {counts}; see `featlas query region_outputs` and `query strongest_drives`")

@@ -109,7 +109,10 @@ def ingest_samples_command(
     known = store.has(plan_samples(loaded, found, source, options, settings=settings, statistics_run=statistics_run).key)
     with console.progress("samples", quiet=as_json) as bar:
         report = lambda done, total, tokens: bar(done, total, f"{tokens:,} tokens")
-        run = collect_samples(store, loaded, found, source, options, settings=settings, means=means, statistics_run=statistics_run, progress=report)
+        run = collect_samples(
+            store, loaded, found, source, options, settings=settings, means=means, statistics_run=statistics_run,
+            named={"model": model, "dictionaries": dictionaries}, progress=report,
+        )  # fmt: skip
     if as_json:
         of_sites = [{"site": s.site, "dictionary": s.dictionary, "d_sae": s.d_sae, "mean_l0": s.mean_l0, "bytes": s.n_bytes} for s in run.sites]
         counts = {"sequences": run.n_sequences, "tokens": run.n_tokens, "available": source.n_available}

@@ -9,7 +9,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 
-from .analysis.faithfulness import CIRCUIT, COMPLEMENT, Averaging, faithfulness, matched
+from .analysis.faithfulness import CIRCUIT, COMPLEMENT, HELD_OUT, Averaging, faithfulness, matched
 from .analysis.parcellation import Parcellation, units_of
 from .analysis.partitioning import random_blocks
 from .analysis.region_study import (
@@ -30,6 +30,7 @@ from .analysis.region_study import (
     SHARES,
     Contestant,
     Drives,
+    UnitCircuit,
     cutting_circuits,
     drive_removals,
     drive_table,
@@ -43,7 +44,9 @@ from .analysis.region_study import (
     selectivity,
     strongest_units,
 )
-from .analysis.study import Ablation, Study
+from .analysis.regions_store import drives_frame, unit_blocks, write_drives, write_region_circuit, write_regions
+from .analysis.scores import DefaultScore, write_scores, write_sweep
+from .analysis.study import Ablation, Study, own_baseline_name
 from .errors import UserError
 from .ingest.effective import EdgeSettings, FirstFactor, node_attributions, prepare
 from .ingest.unit_edges import attribute_units
@@ -52,6 +55,10 @@ from .model.sites import Site
 from .model.targets import LogitTarget
 from .model.tasks import Pair
 from .model.units import NotUnits, Units, heads
+from .queries.blocks import blocks_of
+from .queries.schema import score_key
+from .queries.statistics import StatisticsStore
+from .queries.store import GraphStore
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -233,6 +240,7 @@ class RegionVerdict:
     """What was measured. values, kept: as `VALUES` and `KEPT`. matrix_values: of removals of single units, by the study's metrics.
 
     drive_values: of removals of single edges between regions, `size` their rank. competitors: every partition, with the attributions it is ranked by.
+    circuits: of regions, those among `kept` that are cut by edges.
     """
 
     study: Study
@@ -244,6 +252,7 @@ class RegionVerdict:
     kept: pl.DataFrame
     matrix_values: pl.DataFrame
     drive_values: pl.DataFrame
+    circuits: Sequence[UnitCircuit] = ()
 
     @property
     def metric(self) -> str:
@@ -321,8 +330,8 @@ def put_to_the_test(
     live = {name: own.features for name, own in next(iter(parcellations.values())).sites.items()}
     competitors = contestants(known, effects, drives, live)
     kept = [one for own in competitors for one in keeping(own, options.shares, per_member=options.per_member)]
-    if options.edge_shares:
-        kept += [one for own in competitors if own.drives for one in cutting_circuits(own, region_circuits(own.drives, options.edge_shares))]
+    circuits = {own: region_circuits(own.drives, options.edge_shares) for own in competitors if own.drives is not None and options.edge_shares}
+    kept += [one for own, cut in circuits.items() for one in cutting_circuits(own, cut)]
     single = [trial for own in competitors if own.method != FEATURES for trial in removals(own, strongest_units(own, options.blocks))]
     edges = drive_removals(competitors[0], options.drives) if options.drives else []
     with progress("kept and cut") as report:
@@ -331,4 +340,101 @@ def put_to_the_test(
         matrix = run_removals(study, tested, single, among=among, progress=report) if single else values.clear()
     with progress("one edge at a time") as report:
         cut = run_removals(study, tested, edges, among=among, progress=report) if edges else values.clear()
-    return RegionVerdict(study, options, len(found), len(tested), competitors, values, sizes, matrix, cut)
+    return RegionVerdict(
+        study, options, len(found), len(tested), competitors, values, sizes, matrix, cut, tuple(circuits.get(competitors[0], ()))
+    )
+
+
+# --- out of the program -----------------------------------------------------------------------------------------------
+
+LARGEST_WRITTEN = 2_000
+"""Edges of the largest circuit of regions that is written into the graph."""
+
+
+@dataclass(frozen=True)
+class RegionsScored:
+    """What was written: edges between blocks, circuits of blocks, scores of blocks and of circuits."""
+
+    n_drives: int
+    n_circuits: int
+    n_scores: int
+
+
+def write_back(store: GraphStore, statistics: StatisticsStore, verdict: RegionVerdict, parcellation: Parcellation) -> RegionsScored:
+    """What regions drive, their circuits, and what each task loses without each of them, into the graph; every value into the statistics store.
+
+    Doing it twice is doing it once.
+    """
+    study, regions = verdict.study, verdict.regions
+    run, drives = study.run, regions.drives
+    subject = f"{run.key}:{parcellation.key}"
+    write_sweep(statistics, run.key, subject, verdict.values, verdict.sizes)
+    for part, values in (("removals", verdict.matrix_values), ("drives", verdict.drive_values)):
+        if values.height:
+            write_sweep(statistics, run.key, f"{subject}:{part}", values)
+    if blocks_of(store, parcellation.key).is_empty():
+        write_regions(store, parcellation)
+    n_drives, keys = 0, {}
+    if drives is not None:
+        frame = drives_frame(drives.units, drives.mean, drives.strength, drives.n)
+        n_drives = write_drives(store, run.key, parcellation, drives.units, frame, output=study.target.name)
+        for circuit in verdict.circuits:
+            if 0 < circuit.n_edges <= LARGEST_WRITTEN:
+                keys[circuit.size] = write_region_circuit(
+                    store, run.key, parcellation, drives.units, circuit.edges.rows.numpy(), drives.mean, output=study.target.name
+                )
+    written = _score_circuits(store, verdict, keys) + _score_blocks(store, verdict, parcellation)
+    return RegionsScored(n_drives, len(keys), written)
+
+
+def _score_circuits(store: GraphStore, verdict: RegionVerdict, keys: Mapping[int, str]) -> int:
+    """Faithfulness and completeness of the circuits of regions, by the number of edges that they were cut from."""
+    seed = verdict.study.options.seed if verdict.study.baseline.drawn else 0
+    own = faithfulness(verdict.values).filter((pl.col("method") == REGIONS) & (pl.col("ablation") == Ablation.EDGE.value))
+    default = replace(DefaultScore.of(verdict.study.run), baseline=own_baseline_name(verdict.study.run), averaging=Averaging.RATIO_OF_MEANS)
+    written = [
+        write_scores(store, verdict.study.run, own.filter(pl.col("size") == size), circuit=key, own=REGIONS, default=default, seed=seed).n_scores
+        for size, key in keys.items()
+    ]
+    return sum(written)
+
+
+def _score_blocks(store: GraphStore, verdict: RegionVerdict, parcellation: Parcellation) -> int:
+    """What each task loses without each block that was cut, as `Score`s of kind `loss`."""
+    rows = verdict.matrix.filter(pl.col("method") == REGIONS)
+    if rows.is_empty():
+        return 0
+    study = verdict.study
+    blocks = unit_blocks(parcellation, verdict.regions.units, output=study.target.name)["key"]
+    said = {
+        "kind": "loss", "ablation": Ablation.NODE.value, "metric": verdict.metric, "baseline": study.baseline_name,
+        "averaging": Averaging.RATIO_OF_MEANS.value, "split": HELD_OUT, "seed": study.options.seed if study.baseline.drawn else 0,
+    }  # fmt: skip
+    scores = rows.select("task", "value", "low", "high", "n", "undefined_n", pl.Series("subject", blocks.gather(rows["unit"]))).with_columns(
+        *(pl.lit(value).alias(name) for name, value in said.items()), pl.lit(REGIONS).alias("method")
+    )
+    identity = ("subject", "kind", "ablation", "metric", "baseline", "averaging", "split", "seed", "task", "method")
+    scores = scores.with_columns(pl.Series("key", [score_key(*values) for values in scores.select(identity).iter_rows()]))
+    store.merge_nodes("Score", scores)
+    store.merge_edges("SCORED", scores.select(pl.col("subject").alias("source"), pl.col("key").alias("target")))
+    return scores.height
+
+
+def as_json(verdict: RegionVerdict, parcellation: Parcellation) -> dict[str, object]:
+    """A verdict for machines."""
+    chosen = verdict.selectivity
+    return {
+        "run": verdict.study.run.key, "parcellation": parcellation.key, "metric": verdict.metric, "baseline": verdict.study.baseline_name,
+        "found": verdict.n_found, "tested": verdict.n_tested, "table": verdict.table.to_dicts(), "compared": verdict.compared.to_dicts(),
+        "compared_cut": verdict.compared_cut.to_dicts(), "matrix": verdict.matrix.to_dicts(), "drives": verdict.drives.to_dicts(),
+        "selectivity": [] if chosen is None else chosen.to_dicts(),
+    }  # fmt: skip
+
+
+def all_values(verdict: RegionVerdict) -> pl.DataFrame:
+    """Every value that was measured, with the `test` that it is of and what was kept alive."""
+    kept = verdict.values.join(verdict.kept, on=["method", "ablation", "size", "draw"], how="left").with_columns(pl.lit("kept").alias("test"))
+    rest = [
+        values.with_columns(pl.lit(name).alias("test")) for name, values in (("block cut", verdict.matrix_values), ("edge cut", verdict.drive_values))
+    ]
+    return pl.concat([kept, *rest], how="diagonal")

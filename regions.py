@@ -18,11 +18,11 @@ from .analysis.finding import FindingOptions, find_parcellation, like
 from .analysis.parcellation import NotAPartition, Parcellation
 from .analysis.partitioning import PartitionMethod
 from .analysis.regions import Description, describe
-from .analysis.regions_store import read_parcellation, write_parcellation, write_regions
+from .analysis.regions_store import label_block, read_parcellation, write_parcellation, write_regions
 from .errors import UserError
 from .model.dictionaries import Dictionary
 from .model.sites import Site
-from .queries.partitions import clear_label, set_label, user_labels
+from .queries.partitions import user_labels
 from .queries.samples import SampleRun, SampleStore
 from .queries.statistics import StatisticsStore
 from .queries.store import GraphStore
@@ -94,10 +94,7 @@ def keep(atlas: Path, parcellation: Parcellation, named: Sequence[NamedBlock]) -
             if own is None:
                 raise BadLabel(f"--label names {one.site!r}: the regions are of {', '.join(parcellation.sites)}")
             level = own.chosen if one.level is None else one.level
-            if one.label:
-                set_label(statistics, parcellation.key, one.site, level, one.block, one.label)
-            else:
-                clear_label(statistics, parcellation.key, one.site, level, one.block)
+            label_block(statistics, None, parcellation.key, one.site, level, one.block, one.label or None)
         return user_labels(statistics, parcellation.key)
 
 

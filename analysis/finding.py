@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..queries.samples import SampleRun, SiteSamples
 from .correlations import MIN_COUNT, MIN_SEQUENCES, Correlation, Null, correlation, fisher, halves, live_features, shuffled
 from .levels import Rule, choose, null_verdict, scored
-from .parcellation import FloatArray, IntArray, Level, Parcellation, PartitionPath, SitePartition, by_size
+from .parcellation import PATH_SCORES, FloatArray, IntArray, Level, Parcellation, PartitionPath, SitePartition, by_size
 from .partitioning import PartitionMethod, PartitionOptions, partition
 
 FEWEST = 4
@@ -64,6 +64,8 @@ class FindingOptions:
         for name, value, least in (("--min-count", self.min_count, 1), ("--min-sequences", self.min_sequences, 1), ("--nulls", self.nulls, 0)):
             if value < least:
                 raise UserError(f"{name} {value} is too small: give at least {least}")
+        if self.nulls == 1:
+            raise UserError("--nulls 1 is too small: one shuffled copy has no spread to judge by, give 2 or more, or 0 for none")
         if self.rule is Rule.GIVEN and self.n_blocks is None and self.blocks_of is None:
             raise UserError("a given number of blocks was asked for, and none was given: --level 40")
 
@@ -111,21 +113,27 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
     notes["seconds_correlation"] = round(time.perf_counter() - started, 3)
     progress(f"{samples.site}: {options.method.value}")
     started = time.perf_counter()
-    path = partition(options.method, whole, _partition_options(samples.site, features, options))
+    how = _partition_options(samples.site, features, options)
+    path = partition(options.method, whole, how)
+    progress(f"{samples.site}: levels")
+    scores = scored(path, (first, second), refit=_refit(how, options.method))
+    while _starts_too_coarse(path, scores, options):
+        how = replace(how, n_blocks=min(2 * int(path.n_blocks[0]), len(features)))
+        path = partition(options.method, whole, how)
+        scores = scored(path, (first, second), refit=_refit(how, options.method))
+    refit = _refit(how, options.method)
     notes["seconds_partition"] = round(time.perf_counter() - started, 3)
     notes |= {name: value for name, value in path.info.items() if name != "seconds"}
-    progress(f"{samples.site}: levels")
-    scores = scored(path, (first, second), refit=_refit(options))
     rule = Rule.GIVEN if (wanted := _wanted_blocks(samples.site, options)) is not None and options.rule is Rule.GIVEN else options.rule
     at = choose(path, scores, rule, n_heads=options.n_heads, n_blocks=wanted)
     if options.nulls and path.n_blocks[at] > 1:
         progress(f"{samples.site}: {options.nulls} shuffled samples")
         started = time.perf_counter()
         pairs = [_null_halves(samples, features, masks, options, i) for i in range(options.nulls)]
-        verdict = null_verdict(path.labels[at], (first, second), pairs, seed=options.seed)
+        verdict = null_verdict(path, (first, second), pairs, refit=refit, scores=scores)
         notes |= {
-            "significant": verdict.significant, "gain": verdict.gain, "null_gains": [float(gain) for gain in verdict.null_gains],
-            "p": verdict.p, "seconds_null": round(time.perf_counter() - started, 3),
+            "significant": bool(verdict.significant), "gain": verdict.gain, "null_gains": list(verdict.null_gains), "p": verdict.p,
+            "seconds_null": round(time.perf_counter() - started, 3),
         }  # fmt: skip
         if not verdict.significant:
             notes["verdict"] = "no more than in shuffled samples: one block"
@@ -134,9 +142,17 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
     return SitePartition(samples.site, samples.dictionary, samples.d_sae, features, levels, chosen, scores, notes)
 
 
-def _one_block(samples: SiteSamples, features: IntArray, notes: Mapping[str, Any], scores: pl.DataFrame | None = None) -> SitePartition:
-    from .parcellation import PATH_SCORES
+def _starts_too_coarse(path: PartitionPath, scores: pl.DataFrame, options: FindingOptions) -> bool:
+    """Whether the dense model's path begins with the level of greatest held-out likelihood: a finer one may be better.
 
+    Up to four features a block.
+    """
+    if options.method is not PartitionMethod.DENSE_SBM or options.rule is not Rule.HELD_OUT or 8 * path.n_blocks[0] > path.labels.shape[1]:
+        return False
+    return choose(path, scores, Rule.HELD_OUT) == 0
+
+
+def _one_block(samples: SiteSamples, features: IntArray, notes: Mapping[str, Any], scores: pl.DataFrame | None = None) -> SitePartition:
     whole = Level("nothing but chance", np.zeros(len(features), dtype=np.int64))
     empty = pl.DataFrame(schema=dict(PATH_SCORES)) if scores is None else scores
     return SitePartition(samples.site, samples.dictionary, samples.d_sae, features, (whole,), 0, empty, notes)
@@ -155,13 +171,15 @@ def _partition_options(site: str, features: IntArray, options: FindingOptions) -
     )  # fmt: skip
 
 
-def _refit(options: FindingOptions) -> Callable[[FloatArray], PartitionPath] | None:
-    """The dense model on a half's weights, for stability; other methods' paths are held against it where they have several levels."""
-    if options.method is not PartitionMethod.DENSE_SBM:
-        return None
-    from .block_model import dense_block_model
+def _refit(options: PartitionOptions, method: PartitionMethod) -> Callable[[FloatArray], PartitionPath]:
+    """The same method on the Fisher weights of a half of the samples."""
 
-    return lambda weights: dense_block_model(weights, seed=options.seed, device=options.device)
+    def fitted(weights: FloatArray) -> PartitionPath:
+        r = np.tanh(weights / 2)
+        np.fill_diagonal(r, 1.0)
+        return partition(method, r, options)
+
+    return fitted
 
 
 def _null_halves(

@@ -208,8 +208,12 @@ def plan_samples(
     *,
     settings: EdgeSettings | None = None,
     statistics_run: str | None = None,
+    named: Mapping[str, str] | None = None,
 ) -> SampleRun:
-    """The run's record with its key; of attributions where there are `settings`, else of activations."""
+    """The run's record with its key; of attributions where there are `settings`, else of activations.
+
+    named: what the model and the dictionaries were called, so that they can be opened again; no part of the key.
+    """
     sites = [site for site in bind(model).graph(dictionaries).sites if site in dictionaries]
     basis = "activation" if settings is None else "attribution"
     arguments: dict[str, object] = {"skip_positions": source.first_position, "dtype": str(model.dtype).removeprefix("torch.")}
@@ -220,6 +224,8 @@ def plan_samples(
     identity = {"model": model.key, "dictionaries": named, "widths": widths, "texts": source.hash, "basis": basis, "arguments": arguments}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
     described = {**arguments, "max_tokens": options.max_tokens, "seed": options.seed, "n_available": source.n_available, "texts": source.hash}
+    if named is not None:
+        described["named"] = dict(named)
     return SampleRun(key, model.key, basis, source.name, named, source.n_sequences, source.n_tokens, described, source.sequences)
 
 
@@ -233,6 +239,7 @@ def collect_samples(
     settings: EdgeSettings | None = None,
     means: Mapping[Site, NodeMoments] | None = None,
     statistics_run: str | None = None,
+    named: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> SampleRun:
     """Sample the nodes of `dictionaries`' sites into `store`; returns the run. One that is there already is returned, and nothing is computed.
@@ -240,7 +247,7 @@ def collect_samples(
     With `settings` the samples are attributions (gradient · (node − baseline)) of a `task_source` with `clean_only`, else activations; `means` and
     `statistics_run` are as in `measure_attributions`. Raises `NotFinite` naming the site, and `BadStatisticsOptions` for attributions of a corpus.
     """
-    planned = plan_samples(model, dictionaries, source, options, settings=settings, statistics_run=statistics_run)
+    planned = plan_samples(model, dictionaries, source, options, settings=settings, statistics_run=statistics_run, named=named)
     if store.has(planned.key):
         return store.find(planned.key)
     binding = bind(model)
