@@ -30,6 +30,7 @@ from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
 from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
 
 from ..errors import UserError
+from .block_model import default_start, dense_block_model
 from .correlations import fisher
 from .graph_tool import GraphToolFailed, GraphToolMissing, GraphToolTimeout, NestedKind, nearest_edges, nested_block_model
 from .parcellation import FloatArray, IntArray, PartitionPath, by_size
@@ -141,6 +142,17 @@ def partition(method: PartitionMethod, correlation: FloatArray, options: Partiti
     return replace(path, info={**path.info, "seed": options.seed, "seconds": time.perf_counter() - started})
 
 
+def from_weights(method: PartitionMethod, options: PartitionOptions) -> Callable[[FloatArray], PartitionPath]:
+    """A method as a function of Fisher weights (n, n), as `levels` runs it again on halves of the samples; `fisher` is undone."""
+
+    def refit(weights: FloatArray) -> PartitionPath:
+        correlation = np.tanh(weights / 2)
+        np.fill_diagonal(correlation, 1.0)
+        return partition(method, correlation, options)
+
+    return refit
+
+
 def _checked(correlation: FloatArray) -> FloatArray:
     """The matrix in float64. Raises `NotACorrelation`."""
     found = np.asarray(correlation, dtype=np.float64)
@@ -165,10 +177,8 @@ def _too_few(method: PartitionMethod, correlation: FloatArray, options: Partitio
 
 def _dense(correlation: FloatArray, options: PartitionOptions) -> PartitionPath:
     """The dense Gaussian block model of Fisher's z of all correlations. It starts from at least `n_blocks` blocks: its path then passes there."""
-    from .block_model import dense_block_model
-
-    start = None if options.n_blocks is None else min(len(correlation), max(options.n_blocks, round(2.2 * len(correlation) ** 0.5)))
-    return dense_block_model(fisher(correlation), seed=options.seed, device=options.device, start_blocks=start)
+    n_start = max(options.n_blocks or 1, default_start(len(correlation)))
+    return dense_block_model(fisher(correlation), seed=options.seed, device=options.device, start_blocks=n_start)
 
 
 def _nested(correlation: FloatArray, options: PartitionOptions) -> PartitionPath:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from featlas.analysis import partitioning
+from featlas.analysis.correlations import fisher
 from featlas.analysis.parcellation import PartitionPath
 from featlas.analysis.partitioning import (
     BadPartitionOption,
@@ -18,6 +19,7 @@ from featlas.analysis.partitioning import (
     ami,
     contingency,
     cut,
+    from_weights,
     hierarchy_sizes,
     partition,
     random_blocks,
@@ -177,6 +179,14 @@ def test_a_missing_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(NoCommunitiesExtra, match=r"featlas\[communities\]"):
         partition(PartitionMethod.LEIDEN, cliques([5, 5])[0])
+
+
+@pytest.mark.parametrize("method", [PartitionMethod.WARD, PartitionMethod.LEIDEN])
+def test_a_method_of_weights_is_that_of_their_correlations(method: PartitionMethod) -> None:
+    correlation = planted("gauss", 60, seed=0, samples=500).correlation()
+    expected = partition(method, correlation, PartitionOptions(seed=2))
+    found = from_weights(method, PartitionOptions(seed=2))(fisher(correlation))
+    np.testing.assert_array_equal(found.labels, expected.labels)
 
 
 # --- block models -----------------------------------------------------------------------------------------------------
