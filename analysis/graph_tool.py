@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import FeatlasError, UserError
+from .correlations import fisher
 from .parcellation import FloatArray, IntArray, PartitionPath, by_size
 
 VARIABLE = "FEATLAS_GRAPH_TOOL"
@@ -286,7 +287,7 @@ def nested_block_model(
     correlation: FloatArray,
     *,
     kind: NestedKind = NestedKind.NEAREST,
-    neighbours: int = 20,
+    neighbours: int | None = None,
     degree_corrected: bool = True,
     seed: int = 0,
     seconds: float = 120.0,
@@ -297,9 +298,10 @@ def nested_block_model(
 ) -> PartitionPath:
     """Nested stochastic block model of n features by graph-tool. correlation: (n, n), symmetric; the diagonal is ignored.
 
-    NEAREST: without weights, on the graph that joins each feature to its `neighbours` most correlated ones (see `nearest_edges`). COMPLETE: on all
-    pairs, with 2 · artanh(r) as normally distributed weights; never degree-corrected, as a complete graph has one degree; it is refused for more
-    than `largest` features. start: (n,) labels to refine in the complete graph, in place of graph-tool's own agglomerative search.
+    NEAREST: without weights, on the graph that joins each feature to its `neighbours` most correlated ones (see `nearest_edges`;
+    `usual_neighbours` unless given). COMPLETE: on all pairs, with 2 · artanh(r) as normally distributed weights, and at most n / 4 blocks (see
+    `graph_tool_worker`); never degree-corrected, as all have one degree; refused for more than `largest` features. start: (n,) labels to refine in
+    the complete graph, in place of graph-tool's own agglomerative search.
     folder: where the temporary folder is made. Raises `NotAGraph`, `GraphToolMissing`, `GraphToolTimeout`, `GraphToolFailed`.
     """
     n = _checked(correlation)
@@ -307,6 +309,7 @@ def nested_block_model(
     if kind is NestedKind.NEAREST:
         if start is not None:
             raise NotAGraph("start labels are refined in the complete weighted graph only")
+        neighbours = usual_neighbours(n) if neighbours is None else neighbours
         arrays = {"edges": nearest_edges(correlation, neighbours)}
         settings |= {"degree_corrected": degree_corrected, "most_blocks": n, "quick_first": False, "refine_sweeps": 0}
     else:
@@ -316,7 +319,7 @@ def nested_block_model(
         settings |= {"degree_corrected": False, "most_blocks": max(n // 4, 1), "weight_model": "real-normal"}
         settings |= {"quick_first": True, "refine_sweeps": 100}
     method = "nested-sbm" if kind is NestedKind.NEAREST else "weighted-sbm"
-    more = {"graph": kind.value, "neighbours": min(neighbours, n - 1) if kind is NestedKind.NEAREST else None}
+    more = {"graph": kind.value, "neighbours": neighbours if kind is NestedKind.NEAREST else None}
     return _fit(method, Job(arrays, settings, seconds, folder), interpreter, more)
 
 
@@ -371,6 +374,14 @@ def _labels(labels: IntArray, n: int, what: str) -> IntArray:
     return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
+def usual_neighbours(n: int) -> int:
+    """√n / 2, from 5 to 20: about half of a block where there are √n blocks.
+
+    With more neighbours than a block has members the fine blocks are joined; with fewer the coarse levels fade (docs/regions.md).
+    """
+    return max(1, min(n - 1, max(5, min(20, round(n**0.5 / 2)))))
+
+
 def nearest_edges(correlation: FloatArray, neighbours: int) -> IntArray:
     """Edges (m, 2) of the nearest-neighbour graph: i and j are joined if either is among the other's `neighbours` of greatest r, each pair once.
 
@@ -391,10 +402,9 @@ def nearest_edges(correlation: FloatArray, neighbours: int) -> IntArray:
 
 
 def complete_edges(correlation: FloatArray) -> dict[str, NDArray[Any]]:
-    """All pairs (m, 2) and their weights 2 · artanh(r) (m,), with |r| at most 1 − 10⁻⁶."""
+    """All pairs (m, 2) and their weights 2 · artanh(r) (m,)."""
     above = np.triu_indices(len(correlation), 1)
-    r = np.clip(np.asarray(correlation, dtype=np.float64)[above], -1 + 1e-6, 1 - 1e-6)
-    return {"edges": np.stack(above, axis=1).astype(np.int64), "weights": 2 * np.arctanh(r)}
+    return {"edges": np.stack(above, axis=1).astype(np.int64), "weights": fisher(correlation)[above]}
 
 
 def _fit(method: str, job: Job, interpreter: str | None, more: Mapping[str, Any]) -> PartitionPath:

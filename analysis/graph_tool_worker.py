@@ -69,7 +69,7 @@ def build(settings: Mapping[str, Any], given: Arrays) -> tuple[Any, dict[str, An
         weights.a = given["weights"]
         arguments.update(recs=[weights], rec_types=[settings["weight_model"]])
     if "layers" in given:
-        arguments["pclabel"] = given["layers"]
+        arguments["clabel"] = given["layers"]  # as pclabel, with levels above that have none, the entropy becomes not a number
     return g, arguments
 
 
@@ -83,7 +83,7 @@ def new_state(g: Any, arguments: Mapping[str, Any], start: np.ndarray | None = N
 
 def nested(g: Any, levels: list[np.ndarray] | None, arguments: Mapping[str, Any]) -> Any:
     """A state of given levels. Where there are layers, only the finest blocks keep to one: those above may join blocks of several."""
-    above: dict[str, None] = {"clabel": None, "pclabel": None} if "pclabel" in arguments else {}
+    above: dict[str, None] = {"clabel": None, "pclabel": None} if "clabel" in arguments else {}
     return graph_tool.inference.NestedBlockState(g, bs=levels, state_args=arguments, hstate_args=above)
 
 

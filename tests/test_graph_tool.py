@@ -120,6 +120,10 @@ def test_more_neighbours_than_features_are_all_of_them() -> None:
     assert len(nearest_edges(np.full((5, 5), 0.5), 20)) == 10
 
 
+def test_neighbours_grow_with_the_number_of_features() -> None:
+    assert [bridge.usual_neighbours(n) for n in (2, 4, 50, 200, 500, 1000, 2000, 5000)] == [1, 3, 5, 7, 11, 16, 20, 20]
+
+
 def test_complete_graph_has_each_pair_once() -> None:
     made = complete_edges(CORRELATION)
     pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
@@ -391,6 +395,7 @@ def test_blocks_of_a_directed_graph_keep_to_their_layers() -> None:
     assert all(len(set(layer[path.labels[0] == block])) == 1 for block in range(path.n_blocks[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.graphtool
 @pytest.mark.usefixtures("installed")
 def test_a_call_that_does_not_return_is_cut_off(tmp_path: Path) -> None:
@@ -416,6 +421,7 @@ nested_block_model(r, kind=NestedKind.COMPLETE, seconds=300, folder=Path(sys.arg
 """
 
 
+@pytest.mark.slow
 @pytest.mark.graphtool
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the worker outlives its killed parent until its alarm")
 @pytest.mark.usefixtures("installed")
