@@ -1348,6 +1348,8 @@ def _fail(message: str, code: int) -> int:
 
 from . import (  # noqa: E402 - at the end: they register their commands on this app and take their options from here
     cli_ablation,  # noqa: F401
+    cli_communities,  # noqa: F401
+    cli_heads,  # noqa: F401
     cli_samples,  # noqa: F401
 )
 

@@ -33,7 +33,12 @@ Graph = Annotated[
 ]
 Model = Annotated[str, typer.Option("--model", help="Hugging Face name, local folder, .gguf file, or smollm2.")]
 Dictionaries = Annotated[
-    str, typer.Option("--dictionaries", help="Folder with a sub-folder per site, sae_lens release, release:sae_id,…, identity, or demo.")
+    str,
+    typer.Option(
+        "--dictionaries",
+        help="Folder with a sub-folder per site, sae_lens release, release:sae_id,…, identity (neurons), identity-heads (the same, at attn_L of the "
+        "heads' outputs), or demo.",
+    ),
 ]
 Task = Annotated[str, typer.Option("--task", help="Task name, a mixture a+b+c, or a JSONL file of pairs.")]
 Sites = Annotated[str | None, typer.Option("--sites", help="Sites to take, comma-separated: resid_3,mlp_4; all that have a dictionary unless given.")]

@@ -12,7 +12,7 @@ A share is that over the sum of the layer's heads, so that the norms' scales dro
 shares do not depend on how a head divides its size between them. What is |…| is never formed: its square is a form of the head's own size.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 
 import numpy as np
@@ -53,18 +53,19 @@ def head_layers(graph: SiteGraph, site: Site) -> dict[Role, tuple[int, ...]]:
 
 @torch.no_grad()
 def site_shares(
-    weights: ModelWeights, graph: SiteGraph, dictionaries: Mapping[Site, Dictionary], site: Site, *, rows: int
+    weights: ModelWeights, graph: SiteGraph, dictionaries: Mapping[Site, Dictionary], site: Site, *, rows: int, roles: Sequence[Role] = tuple(Role)
 ) -> Iterator[pl.DataFrame]:
-    """Shares of the heads in the features of one site, `rows` features at a time: feature, layer, head, role, share.
+    """Shares of the heads in the features of one site, `rows` features at a time: feature, layer, head, role, share; of some roles, or all.
 
     A feature that no head of a layer has anything to do with (a dead one, say) has no rows for that layer and role.
     """
-    dictionary, layers = dictionaries[site], head_layers(graph, site)
+    dictionary = dictionaries[site]
+    layers = {role: own for role, own in head_layers(graph, site).items() if role in roles}
     for start in range(0, dictionary.d_sae, rows):
         block = slice(start, min(start + rows, dictionary.d_sae))
         for layer in sorted({layer for of_role in layers.values() for layer in of_role}):
             attention = weights.attention(layer)
-            for role in (role for role in Role if layer in layers[role]):
+            for role in (role for role in Role if layer in layers.get(role, ())):
                 strengths = _writing(attention, dictionary, block) if role is Role.WRITE else None
                 if strengths is None:
                     strengths = _reading(attention, role, write_directions(dictionary, site, weights.attention, block))

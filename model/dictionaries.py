@@ -429,7 +429,8 @@ class IdentityDictionary(Dictionary):
 def identity(
     d_in: int, *, basis: Basis = Basis.RESIDUAL, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> IdentityDictionary:
-    """The identity on a site of width `d_in`: its features are the site's own dimensions."""
+    """The identity on a site of width `d_in`: its features are the site's own dimensions; on head outputs its id is `identity-heads`."""
+    id = "identity-heads" if basis is Basis.HEADS else "identity"
     return IdentityDictionary(
-        id="identity", basis=basis, W_dec=torch.eye(d_in, device=device, dtype=dtype), b_dec=torch.zeros(d_in, device=device, dtype=dtype)
+        id=id, basis=basis, W_dec=torch.eye(d_in, device=device, dtype=dtype), b_dec=torch.zeros(d_in, device=device, dtype=dtype)
     )

@@ -37,7 +37,7 @@ from .dictionaries import (
 from .loading import DTYPES, SMOLLM2, LoadedModel
 from .sites import EMBED, OUTPUT, Basis, Site, SiteGraph, SiteKind, UnknownSite, parse_site
 
-IDENTITY, DEMO = "identity", "demo"
+IDENTITY, IDENTITY_HEADS, DEMO = "identity", "identity-heads", "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo_dictionaries"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 ID_LENGTH = 12
@@ -63,7 +63,7 @@ class MissingDictionary(UserError):
 
 
 class UnknownDictionaries(UserError):
-    """Dictionaries are named that are neither a folder, nor a release, nor `identity`, nor `demo`."""
+    """Dictionaries are named that are neither a folder, nor a release, nor `identity`, `identity-heads` or `demo`."""
 
 
 class WidthMismatch(UserError):
@@ -120,7 +120,8 @@ def load_dictionaries(
     """The dictionaries that `spec` names for `model`, for `sites` or, without, for every site that the source has.
 
     spec: a folder with a sub-folder per site (or of one dictionary), `demo` (SmolLM2's, which come with the project),
-    `identity` (needs `sites`), or releases of sae_lens, `release` or `release:sae_id`, several with commas between them.
+    `identity` or `identity-heads` (which need `sites`; the latter is at attn_L the identity on the heads' outputs, hook_z), or releases of
+    sae_lens, `release` or `release:sae_id`, several with commas between them.
     Where a release has several for one site, the first in the release's own order is taken: name another by its id.
     Raises `UserError`s for what is unknown, missing, refused, or not as wide as its site.
     """
@@ -147,10 +148,12 @@ def load_dictionaries(
 
 def _find(spec: str, model: LoadedModel, sites: tuple[Site, ...] | None) -> dict[Site, Callable[[], Dictionary]]:
     """Readers of all sites of a source, nothing read yet."""
-    if spec == IDENTITY:
+    if spec in (IDENTITY, IDENTITY_HEADS):
         if not sites:
-            raise UserError("identity dictionaries fit any site: name the sites, for example resid_3,resid_5")
-        return {site: lambda: identity(model.d_model) for site in sites}
+            example = "resid_3,resid_5" if spec == IDENTITY else "attn_3,resid_3"
+            raise UserError(f"{spec} dictionaries fit any site: name the sites, for example {example}")
+        basis = {SiteKind.ATTN: Basis.HEADS} if spec == IDENTITY_HEADS else {}
+        return {site: _identity_reader(model, basis.get(site.kind, Basis.RESIDUAL)) for site in sites}
     if spec == DEMO:
         if model.name != SMOLLM2:
             raise UnknownDictionaries(f"the demo dictionaries belong to {SMOLLM2}, not to {model.name}: name a folder or a release instead")
@@ -159,6 +162,10 @@ def _find(spec: str, model: LoadedModel, sites: tuple[Site, ...] | None) -> dict
     if folder.is_dir():
         return _folder_readers(folder)
     return _release_readers(spec)
+
+
+def _identity_reader(model: LoadedModel, basis: Basis) -> Callable[[], Dictionary]:
+    return lambda: identity(site_width(model, basis), basis=basis)
 
 
 def _checked(read: Callable[[], Dictionary], site: Site, model: LoadedModel, device: str, dtype: torch.dtype) -> Callable[[], Dictionary]:

@@ -159,6 +159,16 @@ def test_identity_fits_the_sites_named(model: LoadedModel) -> None:
     assert (dictionary.id, dictionary.d_sae, dictionary.W_dec.dtype) == ("identity", D_MODEL, torch.float64)
 
 
+def test_identity_on_heads_reads_them_at_attention_sites(model: LoadedModel) -> None:
+    attn, resid = parse_site("attn_1"), parse_site("resid_1")
+    found = load_dictionaries("identity-heads", model, sites=[resid, attn])
+    assert (found[attn].id, found[attn].basis, found[attn].d_sae) == ("identity-heads", Basis.HEADS, 16)
+    assert (found[resid].id, found[resid].basis, found[resid].d_sae) == ("identity", Basis.RESIDUAL, 16)
+    assert load_dictionaries("identity", model, sites=[attn])[attn].id == "identity"
+    with pytest.raises(UserError, match="name the sites, for example attn_3"):
+        load_dictionaries("identity-heads", model)
+
+
 def test_heads_dictionaries_fit_attention_sites_only(tmp_path: Path, model: LoadedModel) -> None:
     save_sae(tmp_path / "attn_1", hook="blocks.1.attn.hook_z", reshape_activations="hook_z")
     save_sae(tmp_path / "mlp_1", reshape_activations="hook_z")
