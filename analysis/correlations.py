@@ -5,8 +5,8 @@ Samples are sparse: of 2,048 features a token has 32. A feature that is silent h
 1. `live_features`: those that were seen often enough, in enough different texts, in both halves of the samples.
 2. `halves`: two halves by whole sequences, the two prompts of a pair kept together: tokens of one text depend on each other.
 3. `correlation`: features × features in float64, from the products XᵀX: sparse where the samples are, a block of features at a time.
-   What is correlated is a choice (`Correlation`): the values, their signed logarithms, or their ranks. All three leave 0 where it is, so that
-   sparse samples stay sparse.
+   What is correlated is a choice (`Correlation`): the values, their logarithms with or without sign, or their ranks. All leave 0 where it is,
+   so that sparse samples stay sparse.
 4. `shuffled`: the same where there is nothing to find, each feature's values moved independently of all others'.
 5. `fisher`: correlations as weights for a model with normal entries.
 """
@@ -52,6 +52,8 @@ class Correlation(StrEnum):
     """The values as they are."""
     SIGNED_LOG = "signed-log"
     """sign(x)·log(1 + |x|/s), s the feature's mean |x| where it is not 0: linear below s, logarithmic above."""
+    LOG_MAGNITUDE = "log-magnitude"
+    """The same without the sign: whether two features matter at the same tokens, be it with opposite signs."""
     SPEARMAN = "spearman"
     """Ranks over all tokens, equal ones (all the zeros) sharing their mean rank."""
 
@@ -62,7 +64,9 @@ class Null(StrEnum):
     PERMUTED = "permuted"
     """Over tokens at random. A text's tokens are taken for independent, which they are not: the spread is too small by as much."""
     ROTATED = "rotated"
-    """All moved on by one random number of tokens, the last ones to the front: what a feature has to do with its own neighbours stays."""
+    """All moved on by one random number of tokens, the last ones to the front: what a feature has to do with its own neighbours stays.
+
+    In prompts of equal length two features that are each bound to a position meet again after some rotations, which then is no chance."""
 
 
 # -- 1. and 2. Which features, which rows --------------------------------------------------------------------
@@ -186,7 +190,7 @@ def transformed(values: Any, kind: Correlation) -> Any:
         return values
     csr = sparse.csr_matrix(values, dtype=np.float64)
     csr.eliminate_zeros()
-    change = {Correlation.SIGNED_LOG: _signed_log, Correlation.SPEARMAN: _ranks}[kind]
+    change = _CHANGES[kind]
     changed = sparse.csr_matrix((change(csr), csr.indices, csr.indptr), shape=csr.shape)
     return changed if sparse.issparse(values) else changed.toarray()
 
@@ -216,6 +220,14 @@ def _ranks(values: Any) -> FloatArray:
     found = np.empty(len(order))
     found[order] = rank
     return found
+
+
+def _log_magnitude(values: Any) -> FloatArray:
+    """The entries' magnitudes, as `_signed_log`, (nnz,)."""
+    return np.abs(_signed_log(values))
+
+
+_CHANGES = {Correlation.SIGNED_LOG: _signed_log, Correlation.LOG_MAGNITUDE: _log_magnitude, Correlation.SPEARMAN: _ranks}
 
 
 # -- 4. The null ---------------------------------------------------------------------------------------------

@@ -66,9 +66,9 @@ def test_correlations_are_those_of_the_dense_copy(dense: bool, kind: Correlation
     rows = np.arange(samples.n_tokens) % 3 != 0
     for chosen in (None, rows):
         values = whole(samples)[:, features] if chosen is None else whole(samples)[chosen][:, features]
-        if kind is Correlation.SIGNED_LOG:
+        if kind in (Correlation.SIGNED_LOG, Correlation.LOG_MAGNITUDE):
             size = np.array([np.abs(column[column != 0]).mean() if column.any() else 1.0 for column in values.T])
-            values = np.sign(values) * np.log1p(np.abs(values) / size)
+            values = (np.sign(values) if kind is Correlation.SIGNED_LOG else 1) * np.log1p(np.abs(values) / size)
             values[:, 2] = 0.0  # the logarithm of a constant is one, though rounding says otherwise
         elif kind is Correlation.SPEARMAN:
             values = stats.rankdata(values, axis=0)
