@@ -44,8 +44,8 @@ class Weights(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
-    """How far a graph was rewired. exchanges: accepted ones per edge (each moves two). unchanged: (rounds,) the share of its edges that the graph had at
-    first, after each round; it levels off at what a random graph of these degrees shares with it."""
+    """How far a graph was rewired. exchanges: accepted ones per edge (each moves two). unchanged: (rounds,) the share of the first graph's edges that
+    are there after each round; it levels off at what a random graph of these degrees shares with it."""
 
     exchanges: float
     unchanged: FloatArray
