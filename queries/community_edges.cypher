@@ -1,21 +1,16 @@
-// What a community sends to the other communities of its partition, and reads from them: their edges in the run, summed.
+// What a community sends to the other communities of its partition, and reads from them: their edges in a run, summed, the heaviest first.
 // $community: string  a block's key
-MATCH (b:Block)<-[:MEMBER_OF]-(f:Feature)
-WHERE b.key = $community
-MATCH (f)-[e:INFLUENCES]->(g:Feature)
-WITH b, e, g
-WHERE e.run = b.run
-MATCH (g)-[:MEMBER_OF]->(o:Block)
-WITH b, e, o
-WHERE o.parcellation = b.parcellation AND o.key <> b.key
-RETURN "output" AS direction, o.key AS other, o.label AS label, count(*) AS edges, sum(e.weight) AS weight, sum(e.abs_weight) AS abs_weight
-UNION ALL
-MATCH (b:Block)<-[:MEMBER_OF]-(f:Feature)
-WHERE b.key = $community
-MATCH (f)<-[e:INFLUENCES]-(g:Feature)
-WITH b, e, g
-WHERE e.run = b.run
-MATCH (g)-[:MEMBER_OF]->(o:Block)
-WITH b, e, o
-WHERE o.parcellation = b.parcellation AND o.key <> b.key
-RETURN "input" AS direction, o.key AS other, o.label AS label, count(*) AS edges, sum(e.weight) AS weight, sum(e.abs_weight) AS abs_weight
+// $run: string  the run
+MATCH (f:Feature)-[e:INFLUENCES]->(g:Feature)
+WHERE e.run = $run
+WITH f, g, e.weight AS weight, e.abs_weight AS abs_weight
+MATCH (f)-[:MEMBER_OF]->(a:Block)
+WITH a, g, weight, abs_weight
+WHERE a.kind = "community"
+MATCH (g)-[:MEMBER_OF]->(c:Block)
+WITH a, c, weight, abs_weight
+WHERE a.parcellation = c.parcellation AND a.key <> c.key AND (a.key = $community OR c.key = $community)
+WITH CASE WHEN a.key = $community THEN "output" ELSE "input" END AS direction, CASE WHEN a.key = $community THEN c.key ELSE a.key END AS other,
+     CASE WHEN a.key = $community THEN c.label ELSE a.label END AS label, weight, abs_weight
+RETURN direction, other, label, count(*) AS edges, sum(weight) AS weight, sum(abs_weight) AS abs_weight
+ORDER BY abs_weight DESC, direction, other

@@ -495,7 +495,7 @@ def test_written_twice_is_written_once(tiny, tmp_path, tested) -> None:
             assert set(members["feature"]) == set(graph.nodes.filter(pl.Series(found.labels == place))["key"])
             known = dict(store.read_edges("INFLUENCES", run=run.key).group_by("source").agg(pl.col("abs_weight").sum()).iter_rows())
             assert members["sent"].to_list() == pytest.approx([known.get(key, 0.0) for key in members["feature"]])
-            into, out = ({row["other"]: row for row in run_query(store, "community_edges", {"community": block}).filter(
+            into, out = ({row["other"]: row for row in run_query(store, "community_edges", {"community": block, "run": run.key}).filter(
                 direction=way).to_dicts()} for way in ("input", "output"))  # fmt: skip
             for other in range(found.n_communities):
                 for rows, source, target in ((into, other, place), (out, place, other)):

@@ -85,8 +85,13 @@ def fill(store: GraphStore, seed: int) -> None:
     store.merge_edges("IN_CIRCUIT", members)
     ablated = nodes.select(pl.col("key").alias("source"), target=pl.lit("r1"), metric=pl.lit("kl"), baseline=pl.lit("mean"), n=pl.lit(3))
     store.merge_edges("ABLATED", ablated.with_columns(effect=-nodes["frequency"]))
-    store.merge_nodes("Block", pl.DataFrame({"key": ["b1", "b2"], "size": [3, 4], "mean_cosine": [0.5, None]}))
-    store.merge_nodes("Partition", pl.DataFrame({"key": ["p"], "method": ["sbm"]}))
+    community = {"parcellation": "p", "run": "r1", "kind": "community"}
+    blocks = pl.DataFrame({"key": ["b1", "b2", "b3"], "size": [3, 4, 5], "index": [0, 1, 2], "mean_cosine": [0.5, None, None]})
+    store.merge_nodes("Block", blocks.with_columns(pl.lit(value).alias(name) for name, value in community.items()))
+    store.merge_nodes("Partition", pl.DataFrame({"key": ["p"], "method": ["leiden"], "basis": ["effective"], "run": ["r1"]}))
+    store.merge_edges("OF_RUN", pl.DataFrame({"source": ["p"], "target": ["r1"]}))
+    belongs = [f"b{1 + i % 3}" for i in range(nodes.height - 1)]
+    store.merge_edges("MEMBER_OF", pl.DataFrame({"source": nodes["key"][:-1], "target": belongs}))
     regions = small_parcellation()
     units = small_units(regions)
     write_regions(store, regions, describe(regions, lambda site: small_samples(site, seed), SEQUENCES, TOKENS))
@@ -98,7 +103,7 @@ def fill(store: GraphStore, seed: int) -> None:
         "metric": "kl", "baseline": "mean", "averaging": "mean of ratios", "split": "held-out", "task": "pooled", "seed": 0,
         "value": [0.5, float("inf"), 0.25], "n": [None, 4, 4], "undefined_n": [None, 0, 1],
     }))
-    store.merge_edges("PART_OF", pl.DataFrame({"source": ["b1", "b2"], "target": ["b2", "p"]}))
+    store.merge_edges("PART_OF", pl.DataFrame({"source": ["b1", "b2", "b3", "b1"], "target": ["b2", "p", "p", "p"]}))
     store.merge_edges("SCORED", pl.DataFrame({"source": ["b1", "c", "c"], "target": ["x1", "x2", "x3"]}))
     wires = edges(rng, nodes, 0.4).with_columns(path=pl.lit("residual"))
     within = pl.DataFrame({"source": nodes["key"][:1], "target": nodes["key"][1:2], "weight": [0.5], "path": ["mlp_0"]})
@@ -123,6 +128,7 @@ def arguments(query: NamedQuery) -> dict[str, object]:
         "run": "r1", "feature": feature_key("tiny@1", "identity", "resid_1", 2), "circuit": "c", "site": "resid_0",
         "task": TASKS[0], "other_task": TASKS[2], "sequence": "s1", "position": -1, "least": 1 / 64, "text": "läbel 1", "limit": 7,
         "parcellation": "p1", "block": block_key("p1", "resid_1", "roi", 1, 0),
+        "community": "b1", "partition": "p",
     }
     if query.name == "regions_of_feature":
         known["feature"] = feature_key("tiny@1", "d1", "resid_1", 2)
