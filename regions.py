@@ -150,3 +150,18 @@ def options_of(parcellation: Parcellation) -> FindingOptions:
         correlation=Correlation(settings.get("correlation", Correlation.PEARSON.value)), seed=int(settings.get("seed", 0)),
         **{name: int(settings[name]) for name in ("min_count", "min_sequences", "neighbours") if name in settings},
     )  # fmt: skip
+
+
+# --- out of the program -----------------------------------------------------------------------------------------------
+
+
+def as_json(found: Regions) -> dict[str, object]:
+    """Regions for machines."""
+    parcellation, description = found.parcellation, found.description
+    return {
+        "parcellation": parcellation.key, "method": parcellation.method, "basis": parcellation.basis, "samples": parcellation.samples,
+        "model": parcellation.model, "settings": dict(parcellation.settings),
+        "notes": {name: dict(own.notes) for name, own in parcellation.sites.items()}, "sites": description.sites.to_dicts(),
+        "blocks": description.chosen(description.blocks).to_dicts(), "exemplars": description.chosen(description.exemplars).to_dicts(),
+        "paths": {name: own.scores.to_dicts() for name, own in parcellation.sites.items()},
+    }  # fmt: skip
