@@ -96,7 +96,8 @@ def cuts(batch: AblationBatch, units: Units, arguments: argparse.Namespace) -> l
     slow, theirs = timed(ablate_edges, batch, [one.expanded() for one in sets[: arguments.expand]])
     off = float((ours[: arguments.expand] - theirs).abs().max() / theirs.abs().max())
     each, apart = fast / len(sets), slow / len(theirs)
-    result = {"sets": len(sets), "units": fast, "per_set": each, "expanded_per_set": apart, "ratio": apart / each, "largest_error": off, "peak_gb": memory}
+    result = {"sets": len(sets), "units": fast, "per_set": each, "expanded_per_set": apart, "ratio": apart / each}
+    result |= {"largest_error": off, "peak_gb": memory}
     print(", ".join(f"{name} {value:.4g}" for name, value in result.items()))
     return [result]
 

@@ -235,73 +235,89 @@ def ablate_nodes(
 ) -> Tensor:
     """What the target reads when only the nodes of a set are alive, (n_sets, batch, width).
 
-    A sequence is run from the first site on at which a set differs from the clean run. Raises `WrongGraph` for a set over other sites,
+    A sequence is run from the first site and position on at which a set differs from the clean run. Raises `WrongGraph` for a set over other sites,
     `NotANode` for a feature that a dictionary lacks. Nothing depends on how many sets go together.
     """
     _check_graphs(batch, sets)
     clean = batch.clean
     ends = batch.clean_end.expand(len(sets), -1, -1).clone()
-    first = _first_touched(batch, sets, errors)  # (n_sets, batch)
+    first, begin = _first_touched(batch, sets, errors)  # (n_sets, batch)
     rows = (first < len(clean.graph.sites) - 1).nonzero()  # of the others nothing changes
-    rows = rows[first[rows[:, 0], rows[:, 1]].argsort(stable=True)]
-    per_row = 4 * clean.length * (24 * clean.binding.d_model + 2 * _widest(batch))
+    begins = begin[rows[:, 0], rows[:, 1]]
+    if bool(begins.any()) and not clean.begins_late:
+        begins = torch.zeros_like(begins)
+    order = first[rows[:, 0], rows[:, 1]].argsort(stable=True)
+    rows, begins = rows[order], begins[order]
     with fast_products(clean.values[clean.end]):
-        for part in rows.split(max(1, memory // per_row)):
-            own, sequence = part.unbind(1)
-            ends[own, sequence] = _nodes_ablated(batch, sets, own, sequence.to(ends.device), first[own, sequence], errors)
+        for start in begins.unique().tolist():
+            per_row = 4 * (clean.length - start) * (24 * clean.binding.d_model + 2 * _widest(batch))
+            for part in rows[begins == start].split(max(1, memory // per_row)):
+                own, sequence = part.unbind(1)
+                ends[own, sequence] = _nodes_ablated(batch, sets, own, sequence.to(ends.device), first[own, sequence], start, errors)
     return ends
 
 
-def _first_touched(batch: AblationBatch, sets: Sequence[NodeSet], errors: Errors) -> Tensor:
-    """The first site that a set changes in each sequence, by its place in the graph, (n_sets, batch); that of y where it changes none.
+def _first_touched(batch: AblationBatch, sets: Sequence[NodeSet], errors: Errors) -> tuple[Tensor, Tensor]:
+    """The first site that a set changes in each sequence, by its place in the graph, and the first position, both (n_sets, batch).
 
-    A complement changes a site where one of the nodes that it lists differs from the baseline.
+    Where a set changes nothing the site is y. A complement changes a site where one of the nodes that it lists differs from the baseline.
     """
     clean, output = batch.clean, len(batch.graph.sites) - 1
-    found = torch.full((len(sets), clean.size), output)
-    found[[i for i, one in enumerate(sets) if not one.complement or errors is Errors.DEAD]] = 0
+    site_of, begin = torch.full((len(sets), clean.size), output), torch.full((len(sets), clean.size), clean.length)
     rows = [torch.cat([torch.full_like(one.rows[:, :1], i), one.rows], dim=1) for i, one in enumerate(sets) if one.complement]
     every = torch.cat([torch.zeros(0, 4, dtype=torch.int64), *rows])  # set, site, node, position
     every = every[(every[:, 3] < clean.length) & ((every[:, 2] != ERROR) | (errors is Errors.LISTED))]
+    anywhere = torch.full((clean.size,), clean.length)  # where any node differs
     for number, site in enumerate(batch.graph.sites[:-1]):
+        nodes, base = clean.nodes[site], batch.base[site]
+        moves = torch.cat([nodes.features != base.features, (nodes.error != base.error).any(dim=-1, keepdim=True)], dim=-1)
+        earliest = torch.where(moves.any(dim=1), moves.int().argmax(dim=1), clean.length)  # (batch, d_sae + 1); the error node is the last
+        anywhere = anywhere.minimum(earliest.amin(dim=-1).cpu())
         own, _, node, position = every[every[:, 1] == number].unbind(1)
         if not len(own):
             continue
-        nodes, base = clean.nodes[site], batch.base[site]
-        moves = torch.cat([nodes.features != base.features, (nodes.error != base.error).any(dim=-1, keepdim=True)], dim=-1)
-        anywhere = moves.any(dim=1)[:, node]  # (batch, n); the error node is the last
-        at = moves[:, position.clamp(min=0), node]
-        changes = torch.where((position == SHARED).to(at.device), anywhere, at).cpu()
-        found.scatter_reduce_(0, own[:, None].expand(-1, clean.size), torch.where(changes.T, number, output), "amin")
-    return found
+        at = torch.where(moves[:, position.clamp(min=0), node].cpu(), position, clean.length)  # (batch, n)
+        at = torch.where(position == SHARED, earliest[:, node].cpu(), at)
+        place = own[:, None].expand(-1, clean.size)
+        site_of.scatter_reduce_(0, place, torch.where(at.T == clean.length, output, number), "amin")
+        begin.scatter_reduce_(0, place, at.T.contiguous(), "amin")
+    whole = [i for i, one in enumerate(sets) if not one.complement or errors is Errors.DEAD]
+    site_of[whole] = torch.where(anywhere < clean.length, 0, output)
+    begin[whole] = anywhere
+    return site_of, begin
 
 
 def _nodes_ablated(
-    batch: AblationBatch, sets: Sequence[NodeSet], own: Tensor, sequence: Tensor, first: Tensor, errors: Errors
+    batch: AblationBatch, sets: Sequence[NodeSet], own: Tensor, sequence: Tensor, first: Tensor, begin: int, errors: Errors
 ) -> Tensor:
-    """What the target reads, (n, width), of n rows: set own[i] on a sequence, which is as in the clean run before site first[i] (ascending)."""
+    """What the target reads, (n, width), of n rows: set own[i] on a sequence.
+
+    Before site first[i] (ascending), and before position `begin`, all is as in the clean run.
+    """
     clean = batch.clean
     values: dict[Site, Tensor] = {}  # of the rows that a site differs in, which come first: (rows, pos, width)
     for number, site in enumerate(clean.graph.sites):
-        before, here = (first < number).sum().item(), (first <= number).sum().item()
-        recomputed = int(before) if clean.graph.parents(site) else 0
-        parts = [_recomputed(clean, site, values, sequence[:recomputed])] if recomputed else []
-        whole = torch.cat([*parts, clean.values[site][sequence[recomputed:here]]]) if site != OUTPUT else parts[0]
+        before = int((first < number).sum()) if clean.graph.parents(site) else 0
+        whole = _recomputed(clean, site, values, sequence[:before], begin) if before else None
         if site == OUTPUT:
+            assert whole is not None  # all rows differ somewhere before y
             return whole[:, -1]
+        here = int((first <= number).sum())
+        new = clean.values[site][sequence[before:here], begin:]
         if here:
-            values[site] = _with_dead_nodes(batch, number, whole, sets, own[:here], sequence[:here], errors)
+            whole = new if whole is None else torch.cat([whole, new])
+            values[site] = _with_dead_nodes(batch, number, whole, sets, own[:here], sequence[:here], begin, errors)
     raise AssertionError("a graph ends with y")
 
 
-def _recomputed(clean: CleanBatch, site: Site, values: Mapping[Site, Tensor], sequence: Tensor) -> Tensor:
-    """A site's value from its parents', (n, pos, width), on these sequences; behind a parent's own rows it is clean."""
+def _recomputed(clean: CleanBatch, site: Site, values: Mapping[Site, Tensor], sequence: Tensor, begin: int) -> Tensor:
+    """A site's value from its parents', (n, pos, width), on these sequences from position `begin` on; behind a parent's own rows it is clean."""
     function = clean.functions[site]
     n, inputs = len(sequence), {}
     for parent in function.parents:
-        given = values[parent][:n] if parent in values else clean.values[parent][:0]
-        inputs[parent] = torch.cat([given, clean.values[parent][sequence[len(given) :]]]) if len(given) < n else given
-    return function(inputs, {c: clean.values[c][sequence] for c in function.constants}, clean.run)
+        given = values[parent][:n] if parent in values else clean.values[parent][:0, begin:]
+        inputs[parent] = torch.cat([given, clean.values[parent][sequence[len(given) :], begin:]]) if len(given) < n else given
+    return function(inputs, {c: clean.values[c][sequence, begin:] for c in function.constants}, clean.behind(function, sequence, begin))
 
 
 def _at_site(nodes: NodeSet, number: int) -> Tensor:
@@ -310,9 +326,9 @@ def _at_site(nodes: NodeSet, number: int) -> Tensor:
 
 
 def _with_dead_nodes(
-    batch: AblationBatch, number: int, whole: Tensor, sets: Sequence[NodeSet], own: Tensor, sequence: Tensor, errors: Errors
+    batch: AblationBatch, number: int, whole: Tensor, sets: Sequence[NodeSet], own: Tensor, sequence: Tensor, begin: int, errors: Errors
 ) -> Tensor:
-    """A site's value with its dead nodes at their baseline, of rows (n, pos, width); own (n,): the set of each, sequence (n,): its sequence."""
+    """A site's value with its dead nodes at their baseline, of rows (n, pos, width) from position `begin` on; own, sequence (n,): of each."""
     site, device = batch.graph.sites[number], whole.device
     dictionary, base = batch.clean.dictionaries[site], batch.base[site]
     chosen, place = own.unique(return_inverse=True)
@@ -324,18 +340,19 @@ def _with_dead_nodes(
     for i, rows in enumerate(listed):
         column = torch.where(rows[:, 0] == ERROR, len(columns), torch.searchsorted(columns, rows[:, 0].contiguous()))
         _mark(is_listed[i], rows[:, 1], column)
+    is_listed = is_listed[:, begin:]
     flip = torch.tensor([sets[i].complement for i in chosen.tolist()])
-    error_alive = (is_listed[..., -1] ^ flip[:, None]) if errors is Errors.LISTED else torch.full(shape[:2], errors is Errors.KEPT)
+    error_alive = (is_listed[..., -1] ^ flip[:, None]) if errors is Errors.LISTED else torch.full(is_listed.shape[:2], errors is Errors.KEPT)
     is_listed, flip, error_alive = (t[place].to(device) for t in (is_listed[..., :-1], flip, error_alive))  # (n, ...)
     columns = columns.to(device)
-    of = lambda tensor: tensor.expand(batch.clean.size, batch.clean.length, -1)[sequence]
+    of = lambda tensor: tensor.expand(batch.clean.size, batch.clean.length, -1)[sequence, begin:]
     moved: Tensor | float = 0.0
     if len(columns):
         change = (dictionary.encode_columns(whole, columns) - of(base.features[..., columns])) * is_listed  # (n, pos, C)
         moved = change @ dictionary.W_dec[columns]  # (n, pos, width)
     error_moves = bool((error_alive ^ flip[:, None]).any())  # away from the point that a set starts from
     error_change = whole - dictionary.decode(dictionary.encode(whole)) - of(base.error) if error_moves else 0.0
-    from_base = batch.base_values[site][sequence] + moved + error_alive[..., None] * error_change
+    from_base = batch.base_values[site][sequence, begin:] + moved + error_alive[..., None] * error_change
     from_whole = whole - moved - ~error_alive[..., None] * error_change
     return torch.where(flip[:, None, None], from_whole, from_base)
 
