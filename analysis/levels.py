@@ -182,6 +182,9 @@ class Verdict:
     level: int | None
 
 
+FEWEST_SHUFFLES = 3
+"""Of two, t has one degree of freedom, and hardly any gain is beyond chance."""
+
 SMALLEST_GAIN = 1e-3
 """Nats per pair: the deviation of null gains is taken to be at least this, so that equal null gains make no trifle significant."""
 
@@ -195,14 +198,14 @@ def null_verdict(
     scores: pl.DataFrame | None = None,
     alpha: float = 0.01,
 ) -> Verdict:
-    """The verdict on a path of partitions, by at least two shuffles of the samples.
+    """The verdict on a path of partitions, by at least `FEWEST_SHUFFLES` shuffles of the samples.
 
     shuffled_halves: the weights of two halves of samples in which every feature was permuted on its own, one pair for each shuffle, with the same
     features and as many samples. refit: the method. scores: of the path, where they are known, by the same halves and `refit`.
-    Raises `NoSuchLevel` for fewer than two shuffles.
+    Raises `NoSuchLevel` for fewer shuffles.
     """
-    if len(shuffled_halves) < 2:
-        raise NoSuchLevel(f"{len(shuffled_halves)} shuffles of the samples: the null needs at least two")
+    if len(shuffled_halves) < FEWEST_SHUFFLES:
+        raise NoSuchLevel(f"{len(shuffled_halves)} shuffles of the samples: the null needs at least {FEWEST_SHUFFLES}")
     if path.labels.shape[1] < 2:
         return Verdict(False, 0.0, (0.0,) * len(shuffled_halves), 1.0, alpha, None)
     curve = held_out_likelihood(path.n_blocks, _fits(path, halves, refit), halves) if scores is None else _measured(scores, "held_out", Rule.HELD_OUT)
@@ -210,7 +213,7 @@ def null_verdict(
     null = np.array([_gain(path, held_out_likelihood(path.n_blocks, _fits(path, own, refit), own), own) for own in shuffled_halves])
     deviation = max(float(null.std(ddof=1)), SMALLEST_GAIN) * math.sqrt(1 + 1 / len(null))
     p = float(student.sf((gain - null.mean()) / deviation, len(null) - 1))
-    significant = p < alpha and gain > null.max()
+    significant = bool(p < alpha and gain > null.max())
     return Verdict(significant, gain, tuple(null.tolist()), p, alpha, _last_greatest(curve) if significant else None)
 
 
