@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import console
 from .analysis.notes import readable
+from .analysis.regions import APART
 
 if TYPE_CHECKING:
     import polars as pl
@@ -88,7 +89,7 @@ def _show_site(regions: "Regions", own: "SitePartition", n: int) -> None:
     )  # fmt: skip
     shown = blocks.head(n).join(first, on="block", how="left", maintain_order="left")
     rest = f" of {blocks.height}" if blocks.height > shown.height else ""
-    console.heading(f"{own.site}: {shown.height}{rest} regions, the largest first")
+    console.heading(f"{own.site}: {shown.height}{rest} region{'s' if blocks.height > 1 else ''}, the largest first")
     lines = [
         (
             f"{own.site}/{row['block']}", row["size"], readable(row["label"] or row["automatic_label"], _LABEL), _number(row["mean_correlation"]),
@@ -106,7 +107,7 @@ def _task(row: Mapping[str, Any]) -> str:
         return ""
     share = f"{row['task']} {row['task_share']:.0%}"
     apart = row["distinctive_task"]
-    return share if apart in (None, row["task"]) else f"{share}; {apart} ×{row['distinctive_lift']:.1f}"
+    return share if apart in (None, row["task"]) or row["distinctive_lift"] < APART else f"{share}; {apart} ×{row['distinctive_lift']:.1f}"
 
 
 def _number(value: float | None) -> str:

@@ -35,6 +35,9 @@ FloatArray = NDArray[np.float64]
 ATTRIBUTION = "attribution"
 """The basis whose values are attributions to the metric; the other is activation."""
 
+APART = 1.25
+"""A task sets a block apart, in its label, where its share is at least so many times the usual."""
+
 BLOCKS: Mapping[str, pl.DataType] = MappingProxyType(
     {
         "site": pl.String(), "level": pl.Int64(), "block": pl.Int64(), "size": pl.Int64(), "mean_correlation": pl.Float64(),
@@ -98,7 +101,7 @@ class DescribeOptions:
     n_contexts: int = 5
     before: int = 16
     after: int = 8
-    n_pairs: int = 2_000_000
+    n_pairs: int = 500_000
     n_clustered: int = 4000
     seed: int = 0
 
@@ -541,7 +544,8 @@ def automatic_labels(
     percent = lambda share: (100 * pl.col(share)).round().cast(pl.Int64).cast(pl.String) + " %"
     apart = pl.concat_str(pl.lit(", most apart "), pl.col("distinctive_task"), pl.lit(" ×"), pl.col("distinctive_lift").round(1).cast(pl.String))
     purpose = pl.col("task") + pl.lit(" ") + percent("task_share")
-    purpose = purpose + pl.when(pl.col("distinctive_task") != pl.col("task")).then(apart).otherwise(pl.lit(""))
+    sets_apart = (pl.col("distinctive_task") != pl.col("task")) & (pl.col("distinctive_lift") >= APART)
+    purpose = purpose + pl.when(sets_apart).then(apart).otherwise(pl.lit(""))
     reads = pl.coalesce("names", "tokens")
     label = (
         pl.when(purpose.is_not_null() & reads.is_not_null()).then(pl.concat_str(purpose, pl.lit(": "), reads))

@@ -175,8 +175,10 @@ def _changed(store: GraphStore, parcellation: str, members: pl.DataFrame, parts:
 
 def _described(parcellation: Parcellation, own: SitePartition | None = None, site: str = "") -> dict[str, object]:
     """What partitions and blocks have in common."""
-    common = {"parcellation": parcellation.key, "run": parcellation.samples, "model": parcellation.model, "method": parcellation.method,
-              "basis": parcellation.basis, "site": own.site if own else site}  # fmt: skip
+    common: dict[str, object] = {
+        "parcellation": parcellation.key, "run": parcellation.samples, "model": parcellation.model, "method": parcellation.method,
+        "basis": parcellation.basis, "site": own.site if own else site,
+    }  # fmt: skip
     return {**common, "dictionary": own.dictionary} if own else common
 
 

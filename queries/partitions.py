@@ -115,7 +115,7 @@ def find_parcellation(statistics: StatisticsStore, name: str | None = None, *, m
     """The key that begins with `name`, or that of the parcellation found last (of a model). Raises `NoSuchParcellation`."""
     keys = stored_parcellations(statistics, model)["parcellation"].to_list()
     fitting = keys[:1] if name is None else [key for key in keys if key.startswith(name)]
-    if name in fitting:
+    if name is not None and name in fitting:
         return name
     if len(fitting) != 1:
         raise NoSuchParcellation(_unknown(statistics, name, model, n=len(fitting)))
@@ -176,5 +176,5 @@ def _no_block(statistics: StatisticsStore, key: str, site: str, level: int, bloc
         return f"parcellation {key} has no site {site!r}: its sites are {', '.join(levels['site'].unique(maintain_order=True))}"
     blocks = own.filter(pl.col("level") == level)["n_blocks"]
     if blocks.is_empty():
-        return f"{site} has levels 0 to {own['level'].max()} in parcellation {key}, not {level}"
+        return f"{site} has levels 0 to {own.height - 1} in parcellation {key}, not {level}"
     return f"{site} has blocks 0 to {blocks[0] - 1} at level {level} of parcellation {key}, not {block}"
