@@ -300,26 +300,27 @@ def nested_block_model(
 
     NEAREST: without weights, on the graph that joins each feature to its `neighbours` most correlated ones (see `nearest_edges`;
     `usual_neighbours` unless given). COMPLETE: on all pairs, with 2 · artanh(r) as normally distributed weights, and at most n / 4 blocks (see
-    `graph_tool_worker`); never degree-corrected, as all have one degree; refused for more than `largest` features. start: (n,) labels to refine in
-    the complete graph, in place of graph-tool's own agglomerative search.
+    `graph_tool_worker`); never degree-corrected, as all have one degree; refused for more than `largest` features. It begins from the blocks of the
+    nearest-neighbour graph, then searches by itself; from start, (n,) labels, if given, which are refined alone.
     folder: where the temporary folder is made. Raises `NotAGraph`, `GraphToolMissing`, `GraphToolTimeout`, `GraphToolFailed`.
     """
     n = _checked(correlation)
+    near = usual_neighbours(n) if neighbours is None else neighbours
     settings: dict[str, Any] = {"n": n, "directed": False, "seed": seed % 2**32}
     if kind is NestedKind.NEAREST:
         if start is not None:
             raise NotAGraph("start labels are refined in the complete weighted graph only")
-        neighbours = usual_neighbours(n) if neighbours is None else neighbours
-        arrays = {"edges": nearest_edges(correlation, neighbours)}
+        arrays = {"edges": nearest_edges(correlation, near)}
         settings |= {"degree_corrected": degree_corrected, "most_blocks": n, "quick_first": False, "refine_sweeps": 0}
     else:
         if n > largest:
             raise NotAGraph(f"{n} features for a complete weighted graph of at most {largest}: take the nearest-neighbour graph, or raise the limit")
-        arrays = complete_edges(correlation) | ({} if start is None else {"start": _labels(start, n, "start labels")})
+        first = {"near": nearest_edges(correlation, near)} if start is None else {"start": _labels(start, n, "start labels")}
+        arrays = complete_edges(correlation) | first
         settings |= {"degree_corrected": False, "most_blocks": max(n // 4, 1), "weight_model": "real-normal"}
         settings |= {"quick_first": True, "refine_sweeps": 100}
     method = "nested-sbm" if kind is NestedKind.NEAREST else "weighted-sbm"
-    more = {"graph": kind.value, "neighbours": neighbours if kind is NestedKind.NEAREST else None}
+    more = {"graph": kind.value, "neighbours": near}
     return _fit(method, Job(arrays, settings, seconds, folder), interpreter, more)
 
 

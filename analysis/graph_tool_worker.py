@@ -1,8 +1,9 @@
 """Nested stochastic block models by graph-tool, run by the Python that has it: `python -I graph_tool_worker.py FOLDER` (see `graph_tool`).
 
-1. FOLDER holds settings.json and input.npz: n nodes, edges (m, 2), optionally weights (m,), layers (n,), start labels (n,).
+1. FOLDER holds settings.json and input.npz: n nodes, edges (m, 2), optionally weights (m,), layers (n,), start labels (n,), near edges.
 2. A state is built and refined until nothing lowers its description length, or until the time is nearly up:
-   - quick_first: a first state (start labels, or one block) and a few multiflip sweeps of it, so that there is something to return;
+   - quick_first: a first state and a few multiflip sweeps of it, so that there is something to return. It is the start labels, or the blocks of the
+     graph of `near` edges (p, 2) without weights, which are found in seconds, or one block;
    - without start labels: agglomerative multilevel sweeps, level by level, up and down the hierarchy. This is graph-tool's
      `minimize_nested_blockmodel_dl`, whose loop is taken apart here so that there is a checkpoint after each level;
    - refine_sweeps: multiflip sweeps at zero temperature from the best so far.
@@ -147,7 +148,7 @@ class Checkpoints:
         whole.replace(self.folder / "checkpoint.json")
 
 
-def multilevel(state: Any, checkpoints: Checkpoints) -> bool:
+def multilevel(state: Any, checkpoints: Checkpoints, *, keep: bool = True) -> bool:
     """Agglomerative sweeps of one level at a time: a level up while the description length falls, a level down when it does not.
 
     Returns whether there was time for all of it: what is left of it suffices for the shorter sweeps that follow.
@@ -160,7 +161,7 @@ def multilevel(state: Any, checkpoints: Checkpoints) -> bool:
             change = checkpoints.step(kind, partial(state.multilevel_mcmc_sweep, **sweep))[0]
         except OutOfTime:
             return False
-        if level == 0 or change < -1e-8:
+        if keep and (level == 0 or change < -1e-8):
             checkpoints.keep(state, "multilevel")
         level = level - 1 if abs(change) < 1e-8 else min(level + 1, len(state.levels) - 1)
     return True
@@ -183,13 +184,22 @@ def multiflip(state: Any, checkpoints: Checkpoints, phase: str, sweeps: int) -> 
     return False
 
 
+def near_blocks(settings: Mapping[str, Any], given: Arrays, checkpoints: Checkpoints) -> np.ndarray:
+    """The finest blocks of the graph of near edges: a state of another graph, whose description length does not compare, so it is not kept."""
+    g, arguments = build({**settings, "degree_corrected": True}, {"edges": given["near"]})
+    state = new_state(g, arguments)
+    multilevel(state, checkpoints, keep=False)
+    return projected(state)[0]
+
+
 def fit(settings: Mapping[str, Any], given: Arrays, checkpoints: Checkpoints) -> bool:
     """Step 2 of the module: the best state is in the checkpoints. Returns whether all of it came to its own end."""
     g, arguments = build(settings, given)
     start = given.get("start")
     converged = True
     if settings["quick_first"]:
-        first = new_state(g, arguments, start)
+        checkpoints.keep(new_state(g, arguments, start), "start")
+        first = new_state(g, arguments, near_blocks(settings, given, checkpoints) if "near" in given else start)
         checkpoints.keep(first, "start")
         multiflip(first, checkpoints, "quick", QUICK_SWEEPS)
     if start is None:
