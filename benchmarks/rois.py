@@ -11,13 +11,13 @@ not measured again, unless `--again` is given, so that a run can be broken off. 
 A way is a method with the means by which its number of blocks was chosen; `TOLD` says what each is told of the truth. AMI is with the planted
 fine and coarse blocks, unstructured features left out; `ami_all` has them as one block more. A way that is told the number of fine blocks is
 told that of coarse ones for `ami_coarse`; the others have one partition for both, the one they choose. Intervals are Student's t over seeds.
-Seconds are wall time of everything after the correlation matrices, choosing included, on one thread; the load of the machine stands beside them.
+`times` are CPU seconds of this process and its children (graph-tool) for everything after the correlation matrices, choosing included, on one
+thread: so that other work on the machine counts less. A way that takes the dense model's number of blocks has its seconds too.
 """
 
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,9 +117,10 @@ class Found(NamedTuple):
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
+    """Its result, and CPU seconds of this process and of the children that it waited for."""
+    started = sum(os.times()[:4])
     found = work()
-    return found, time.perf_counter() - started
+    return found, sum(os.times()[:4]) - started
 
 
 def one(path: PartitionPath, level: int, seconds: float) -> Found:
@@ -221,12 +222,16 @@ WAYS: Mapping[str, Way] = {
 }
 
 
+TESTED = "dense-sbm, held-out level, tested against shuffled samples"
+"""The default way's number of blocks where the test says that there are any, else one."""
+
+
 ROWS = {
     **dict.fromkeys(("what", "setting", "kind"), pl.String()), "n": pl.Int64(), "seed": pl.Int64(), "way": pl.String(), "told": pl.String(),
-    "n_blocks": pl.Int64(), "seconds": pl.Float64(), "load": pl.Float64(), "notes": pl.String(), "planted": pl.Int64(),
+    "n_blocks": pl.Int64(), "notes": pl.String(), "seconds": pl.Float64(), "planted": pl.Int64(),
     **dict.fromkeys(("ami_fine", "ami_all", "ami_coarse"), pl.Float64()), "significant": pl.Boolean(), "n_blocks_tested": pl.Int64(),
 }  # fmt: skip
-"""One row per way and matrix; AMIs null where nothing is planted, the test's verdict null where it was not made."""
+"""One row per way and matrix; seconds null but for times, AMIs null where nothing is planted, the test's verdict null where it was not made."""
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -279,10 +284,15 @@ def measure(arguments: argparse.Namespace, what: str) -> None:
         for name in lacking:
             if what == "null" and WAYS[name].told != NOTHING:
                 continue
-            load = os.getloadavg()[0]
             found = WAYS[name].find(case)
-            row = {**place, "way": name, "told": WAYS[name].told, "n_blocks": found.n_blocks, "seconds": found.seconds, "load": load}
-            row |= {"notes": found.notes} | (null_scores(name, case, found) if what == "null" else truth_scores(data, found))
+            row = {**place, "way": name, "told": WAYS[name].told, "n_blocks": found.n_blocks, "notes": found.notes}
+            match what:
+                case "times":
+                    row["seconds"] = found.seconds
+                case "null":
+                    row |= null_scores(name, case, found)
+                case "truth":
+                    row |= truth_scores(data, found)
             book.add(row)
             print(" ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
 
@@ -332,7 +342,8 @@ def truth_table(rows: pl.DataFrame, setting: str, column: str) -> pl.DataFrame:
         for (kind, n), some in cell.sort("n").group_by("kind", "n", maintain_order=True):
             row[f"{kind} {n}"] = interval(some[column])
         table.append(row)
-    columns = [f"{kind} {n}" for kind in Planted for n in sorted(set(own["n"]))]
+    sizes = sorted(set(own["n"]))
+    columns = [f"{kind} {n}" for kind in Planted for n in sizes]
     return pl.DataFrame(table, schema={name: pl.String() for name in ("way", "told", *columns)})
 
 
@@ -346,7 +357,7 @@ def null_table(rows: pl.DataFrame) -> pl.DataFrame:
     """Blocks found in shuffled samples."""
     own = rows.filter(pl.col("what") == "null")
     tested = own.filter(pl.col("n_blocks_tested").is_not_null())
-    tested = tested.with_columns(pl.lit("dense-sbm, held-out level, tested").alias("way"), pl.col("n_blocks_tested").alias("n_blocks"))
+    tested = tested.with_columns(pl.lit(TESTED).alias("way"), pl.col("n_blocks_tested").alias("n_blocks"))
     return spread(pl.concat([own, tested]), "n_blocks", {f"{kind} {n}" for kind, n in own.select("kind", "n").unique().rows()})
 
 
@@ -357,7 +368,8 @@ def spread(own: pl.DataFrame, column: str, columns: set[str]) -> pl.DataFrame:
         low, middle, high = some[column].min(), some[column].median(), some[column].max()
         table.setdefault(way, {"way": way})[f"{kind} {n}"] = f"{middle:g}" if low == high else f"{middle:g} ({low:g}–{high:g})"
     order = sorted(columns, key=lambda name: (list(Planted).index(name.split()[0]), int(name.split()[1])))
-    return pl.DataFrame(list(table.values()), schema={name: pl.String() for name in ("way", *order)})
+    rows = [table[way] for way in (*WAYS, TESTED) if way in table]
+    return pl.DataFrame(rows, schema={name: pl.String() for name in ("way", *order)})
 
 
 def times_table(rows: pl.DataFrame) -> pl.DataFrame:
