@@ -65,9 +65,8 @@ def effective_sums(
     if site.kind is SiteKind.ATTN:
         raise NoHeadsBefore(f"the heads of {site.name} are that site itself: take --method encoder, which is exact there")
     sources = [Site(SiteKind.ATTN, layer) for layer in layers]
-    width = {source: binding.width(source, Basis.HEADS) for source in sources}
-    like = {"device": binding.device, "dtype": dictionary.W_dec.dtype}
-    chosen: dict[Site, Dictionary] = {source: identity(width[source], basis=Basis.HEADS, **like) for source in sources} | {site: dictionary}
+    neurons = identity(binding.d_heads, basis=Basis.HEADS, device=binding.device, dtype=dictionary.W_dec.dtype)
+    chosen: dict[Site, Dictionary] = {**dict.fromkeys(sources, neurons), site: dictionary}
     units = _units(binding.graph(chosen), chosen, site, binding.n_heads)
     total, n = np.zeros((dictionary.d_sae, len(sources) * binding.n_heads)), 0
     for batch in batches:
