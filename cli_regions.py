@@ -141,8 +141,9 @@ def analyze_rois_command(
     level: LevelOption = "held-out",
     sites: Annotated[str | None, typer.Option("--sites", help="Sites to partition, comma-separated; all of the samples unless given.")] = None,
     correlation: Annotated[
-        Literal["pearson", "signed-log", "spearman"], typer.Option("--correlation", help="Of values, of their signed logarithms, or of ranks.")
-    ] = "pearson",
+        Literal["pearson", "signed-log", "log-magnitude", "spearman"] | None,
+        typer.Option("--correlation", help="Of values, logarithms, or ranks; pearson for activations, log-magnitude for attributions."),
+    ] = None,
     min_count: Annotated[
         int | None, typer.Option("--min-count", help="A live feature is active on at least so many tokens of each half of the samples.")
     ] = None,
@@ -150,7 +151,9 @@ def analyze_rois_command(
         int | None, typer.Option("--min-sequences", help="A live feature is active in at least so many sequences of each half of the samples.")
     ] = None,
     nulls: Annotated[int, typer.Option("--nulls", help="Shuffled copies of the samples that the partition must do better than; 0 for none.")] = 3,
-    neighbours: Annotated[int, typer.Option("--neighbours", help="Of each feature in the nearest-neighbour graph.")] = 20,
+    neighbours: Annotated[
+        int | None, typer.Option("--neighbours", help="Of each feature in the nearest-neighbour graph; by the number of features unless given.")
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Time limit of graph-tool at each site.")] = 120.0,
     graph_tool: Annotated[
         str | None, typer.Option("--graph-tool", help="The Python that has graph-tool; it is looked for unless given.")
@@ -191,8 +194,8 @@ def analyze_rois_command(
         raise NotBoth("--label names regions that are kept: leave out --no-write")
     limits = {name: value for name, value in (("min_count", min_count), ("min_sequences", min_sequences)) if value is not None}
     options = finding_options(
-        method, level, None, correlation=Correlation(correlation), nulls=nulls, neighbours=neighbours, seconds=seconds, interpreter=graph_tool,
-        device=device, seed=seed, **limits,
+        method, level, None, correlation=None if correlation is None else Correlation(correlation), nulls=nulls, neighbours=neighbours,
+        seconds=seconds, interpreter=graph_tool, device=device, seed=seed, **limits,
     )  # fmt: skip
     store = SampleStore(atlas, read_only=True)
     kept = None if parcellation is None else regions.read(atlas, parcellation)
@@ -278,9 +281,9 @@ def analyze_ablate_rois_command(
 
     of_edges = () if edge_shares == "none" else number_list("--edge-shares", edge_shares, float)
     given = {"shares": number_list("--shares", shares, float), "edge_shares": of_edges}
-    names = split_names(against)
+    rivals = split_names(against)
     options = region_verdict.RegionTests(
-        per_member=rank == "mean", blocks=blocks, drives=drives, random_draws=random_draws, features="features" in names, held_out=held_out,
+        per_member=rank == "mean", blocks=blocks, drives=drives, random_draws=random_draws, features="features" in rivals, held_out=held_out,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
     options.check()
@@ -291,7 +294,8 @@ def analyze_ablate_rois_command(
         found = find_run(store, run)
         own, labels = regions.read(atlas, parcellation, found.model)
         chosen = regions.at_level(own, level)
-        others = regions.others(SampleStore(atlas, read_only=True), atlas, chosen, [name for name in names if name != "features"])
+        names = regions.names_of(chosen, labels)
+        others = regions.others(SampleStore(atlas, read_only=True), atlas, chosen, [name for name in rivals if name != "features"])
         study = study_of(
             store, found, atlas, model=model, dictionaries=dictionaries, device=device, metrics=measured, baseline=baseline,
             statistics_run=statistics_run, mean=mean, noise_scale=noise_scale, draws=draws, seed=seed, errors=errors, batch_size=batch_size,
@@ -307,11 +311,11 @@ def analyze_ablate_rois_command(
 
         verdict = region_verdict.put_to_the_test(study, {region_verdict.REGIONS: chosen, **others}, pairs, tested, options, progress=progress)
         save_result(output, lambda file: save_frame(region_verdict.all_values(verdict), file))
-        save_page(gallery, lambda: region_verdict.page(verdict, chosen, labels))
+        save_page(gallery, lambda: region_verdict.page(verdict, chosen, names))
         if as_json:
             console.say_json(region_verdict.as_json(verdict, chosen))
         else:
-            show_region_verdict.show_verdict(verdict, chosen, labels, show_n)
+            show_region_verdict.show_verdict(verdict, chosen, names, show_n)
         if write:
             with StatisticsStore(atlas) as statistics:
                 written = region_verdict.write_back(store, statistics, verdict, chosen)

@@ -110,6 +110,13 @@ def write_into_graph(store: GraphStore, regions: Regions) -> None:
     write_regions(store, regions.parcellation, regions.description)
 
 
+def names_of(parcellation: Parcellation, labels: pl.DataFrame) -> dict[str, str]:
+    """What the units of a parcellation's chosen levels are called beside their numbers, where a person gave a name."""
+    chosen = {name: own.chosen for name, own in parcellation.sites.items()}
+    rows = labels.select("site", "level", "block", "label").iter_rows()
+    return {f"{site}/block {block}": f"{site}/{block} {label}" for site, level, block, label in rows if chosen.get(site) == level}
+
+
 # --- other partitions beside them ------------------------------------------------------------------------------------
 
 
@@ -147,8 +154,8 @@ def options_of(parcellation: Parcellation) -> FindingOptions:
     """The options that a parcellation was found by, as far as its settings say."""
     settings = parcellation.settings
     return FindingOptions(
-        correlation=Correlation(settings.get("correlation", Correlation.PEARSON.value)), seed=int(settings.get("seed", 0)),
-        **{name: int(settings[name]) for name in ("min_count", "min_sequences", "neighbours") if name in settings},
+        correlation=Correlation(settings["correlation"]) if settings.get("correlation") else None, seed=int(settings.get("seed", 0)),
+        **{name: int(settings[name]) for name in ("min_count", "min_sequences", "neighbours") if settings.get(name) is not None},
     )  # fmt: skip
 
 

@@ -37,21 +37,22 @@ class NoSites(UserError):
 class FindingOptions:
     """How regions are found. rule: which level of the path is chosen; n_blocks: so many blocks, for `Rule.GIVEN` and flat methods.
 
-    n_heads: for `Rule.HEADS`. correlation: what is correlated. min_count, min_sequences: the rule of live features. nulls: shuffled copies of the
-    samples that the partition is held against, 0 for none; null: how they are shuffled. blocks_of: numbers of blocks by site, in place of `n_blocks`.
-    labels_of: each site's features' blocks (d_sae,), for the method `heads`.
+    n_heads: for `Rule.HEADS`. correlation: what is correlated, None for what suits the samples' basis (`usual`). min_count, min_sequences: the rule
+    of live features. nulls: shuffled copies of the samples that the partition is held against, 0 for none; null: how they are shuffled.
+    neighbours: None for `usual_neighbours`. blocks_of: numbers of blocks by site, in place of `n_blocks`. labels_of: each site's features' blocks
+    (d_sae,), for the method `heads`.
     """
 
     method: PartitionMethod = PartitionMethod.DENSE_SBM
     rule: Rule = Rule.HELD_OUT
     n_blocks: int | None = None
     n_heads: int | None = None
-    correlation: Correlation = Correlation.PEARSON
+    correlation: Correlation | None = None
     min_count: int = MIN_COUNT
     min_sequences: int = MIN_SEQUENCES
     nulls: int = 3
     null: Null = Null.ROTATED
-    neighbours: int = 20
+    neighbours: int | None = None
     seconds: float = 120.0
     interpreter: str | None = None
     device: str = "cpu"
@@ -74,8 +75,8 @@ class FindingOptions:
         """What determines the partitions, JSON-able; nothing of where they are computed."""
         described: dict[str, Any] = {
             "method": self.method.value, "rule": self.rule.value, "n_blocks": self.n_blocks, "n_heads": self.n_heads,
-            "correlation": self.correlation.value, "min_count": self.min_count, "min_sequences": self.min_sequences, "nulls": self.nulls,
-            "null": self.null.value, "neighbours": self.neighbours, "seed": self.seed, "blocks_of": dict(self.blocks_of or {}),
+            "correlation": None if self.correlation is None else self.correlation.value, "min_count": self.min_count,
+            "min_sequences": self.min_sequences, "nulls": self.nulls, "null": self.null.value, "neighbours": self.neighbours, "seed": self.seed, "blocks_of": dict(self.blocks_of or {}),
         }  # fmt: skip
         if self.labels_of is not None:
             described["labels_of"] = {site: hashlib.sha256(labels.tobytes()).hexdigest()[:12] for site, labels in self.labels_of.items()}
@@ -87,6 +88,7 @@ def find_parcellation(
 ) -> Parcellation:
     """Partition every site of a run of samples. `progress` is told what goes on. Raises `NoSites` where there is no site."""
     options.check()
+    options = replace(options, correlation=options.correlation or usual(run.basis))
     sites = {}
     for own in samples:
         sites[own.site] = find_partition(own, options, progress=progress)
@@ -98,18 +100,26 @@ def find_parcellation(
     return Parcellation(key, run.key, run.model, options.method.value, run.basis, sites, described)
 
 
+def usual(basis: str) -> Correlation:
+    """What is correlated unless told otherwise: activations as they are; of attributions, whose signs follow the pair, the log magnitudes.
+
+    Signed attributions' correlations of one half of some hundred pairs say next to nothing of the other half's; those of magnitudes do.
+    """
+    return Correlation.LOG_MAGNITUDE if basis == "attribution" else Correlation.PEARSON
+
+
 def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: Callable[[str], None] = lambda said: None) -> SitePartition:
     """The partition of one site. notes: seconds of each part, the verdict of the null, what the method had to say."""
-    started = time.perf_counter()
+    started, kind = time.perf_counter(), options.correlation or Correlation.PEARSON
     features = live_features(samples, min_count=options.min_count, min_sequences=options.min_sequences, seed=options.seed)
     notes: dict[str, Any] = {"n_live": len(features), "n_dead": samples.d_sae - len(features), "n_tokens": samples.n_tokens}
     if len(features) < FEWEST:
         notes["verdict"] = f"{len(features)} live features are too few for a partition: one block"
         return _one_block(samples, features, notes)
     progress(f"{samples.site}: correlations of {len(features):,} features")
-    whole = correlation(samples, features, kind=options.correlation)
+    whole = correlation(samples, features, kind=kind)
     masks = halves(samples, options.seed)
-    first, second = (fisher(correlation(samples, features, mask, kind=options.correlation)) for mask in masks)
+    first, second = (fisher(correlation(samples, features, mask, kind=kind)) for mask in masks)
     notes["seconds_correlation"] = round(time.perf_counter() - started, 3)
     progress(f"{samples.site}: {options.method.value}")
     started = time.perf_counter()
@@ -187,7 +197,11 @@ def _null_halves(
 ) -> tuple[FloatArray, FloatArray]:
     """Fisher weights of the two halves, each shuffled on its own."""
     first, second = (
-        fisher(shuffled(samples, features, options.seed + 1 + 2 * i + k, rows=mask, null=options.null, kind=options.correlation))
+        fisher(
+            shuffled(
+                samples, features, options.seed + 1 + 2 * i + k, rows=mask, null=options.null, kind=options.correlation or Correlation.PEARSON
+            )
+        )
         for k, mask in enumerate(masks)
     )
     return first, second

@@ -88,7 +88,7 @@ class Level:
 
     @property
     def n_blocks(self) -> int:
-        return int(self.labels.max()) + 1
+        return int(self.labels.max(initial=-1)) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def units_of(graph: SiteGraph, dictionaries: Mapping[Any, Dictionary], blocks: M
 
 def unit_labels(site: str, blocks: IntArray, *, whole: bool = False) -> tuple[torch.Tensor, list[str]]:
     """Labels (d_sae + 1,) and names of a site's units from its features' blocks (d_sae,), −1 for dead ones; the error node is the last unit."""
-    n = int(blocks.max()) + 1
+    n = int(blocks.max(initial=-1)) + 1
     named = [f"{site}/all"] if whole else [f"{site}/block {b}" for b in range(n)]
     dead = blocks < 0
     labels = np.where(dead, n, blocks)
