@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
+from scipy import sparse  # type: ignore[import-untyped]
 
 from .analysis.faithfulness import CIRCUIT, COMPLEMENT, HELD_OUT, Averaging, faithfulness, matched
 from .analysis.parcellation import Parcellation, units_of

@@ -152,11 +152,13 @@ def others(samples: SampleStore, atlas: Path, own: Parcellation, names: Sequence
 
 def options_of(parcellation: Parcellation) -> FindingOptions:
     """The options that a parcellation was found by, as far as its settings say."""
-    settings = parcellation.settings
+    settings, usual = parcellation.settings, FindingOptions()
+    known = lambda name, default: default if settings.get(name) is None else settings[name]
     return FindingOptions(
-        correlation=Correlation(settings["correlation"]) if settings.get("correlation") else None, seed=int(settings.get("seed", 0)),
-        **{name: int(settings[name]) for name in ("min_count", "min_sequences", "neighbours") if settings.get(name) is not None},
-    )  # fmt: skip
+        correlation=None if settings.get("correlation") is None else Correlation(settings["correlation"]), seed=known("seed", usual.seed),
+        min_count=known("min_count", usual.min_count), min_sequences=known("min_sequences", usual.min_sequences),
+        neighbours=known("neighbours", usual.neighbours),
+    )
 
 
 # --- out of the program -----------------------------------------------------------------------------------------------

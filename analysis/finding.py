@@ -76,7 +76,8 @@ class FindingOptions:
         described: dict[str, Any] = {
             "method": self.method.value, "rule": self.rule.value, "n_blocks": self.n_blocks, "n_heads": self.n_heads,
             "correlation": None if self.correlation is None else self.correlation.value, "min_count": self.min_count,
-            "min_sequences": self.min_sequences, "nulls": self.nulls, "null": self.null.value, "neighbours": self.neighbours, "seed": self.seed, "blocks_of": dict(self.blocks_of or {}),
+            "min_sequences": self.min_sequences, "nulls": self.nulls, "null": self.null.value, "neighbours": self.neighbours,
+            "seed": self.seed, "blocks_of": dict(self.blocks_of or {}),
         }  # fmt: skip
         if self.labels_of is not None:
             described["labels_of"] = {site: hashlib.sha256(labels.tobytes()).hexdigest()[:12] for site, labels in self.labels_of.items()}
