@@ -1350,6 +1350,7 @@ from . import (  # noqa: E402 - at the end: they register their commands on this
     cli_ablation,  # noqa: F401
     cli_communities,  # noqa: F401
     cli_heads,  # noqa: F401
+    cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401
 )
 
