@@ -32,7 +32,7 @@ from scipy.spatial.distance import squareform  # type: ignore[import-untyped]
 from ..errors import UserError
 from .block_model import default_start, dense_block_model
 from .correlations import fisher
-from .graph_tool import GraphToolFailed, GraphToolMissing, GraphToolTimeout, NestedKind, nearest_edges, nested_block_model
+from .graph_tool import GraphToolFailed, GraphToolMissing, GraphToolTimeout, NestedKind, nearest_edges, nested_block_model, usual_neighbours
 from .parcellation import FloatArray, IntArray, PartitionPath, by_size
 
 if TYPE_CHECKING:
@@ -98,14 +98,14 @@ class NoCommunitiesExtra(UserError):
 class PartitionOptions:
     """What the methods are told; each reads what concerns it.
 
-    n_blocks: see the module. neighbours: of each feature in the nearest-neighbour graph. resolution, objective: Leiden's; Louvain reads
-    `resolution` too. min_size: HDBSCAN's smallest cluster. seconds, interpreter: graph-tool's time limit and Python. device: the dense model's.
-    labels: (n,) whose sizes RANDOM keeps, and HEADS itself.
+    n_blocks: see the module. neighbours: of each feature in the nearest-neighbour graph, `usual_neighbours` unless given. resolution, objective:
+    Leiden's; Louvain reads `resolution` too. min_size: HDBSCAN's smallest cluster. seconds, interpreter: graph-tool's time limit and Python.
+    device: the dense model's. labels: (n,) whose sizes RANDOM keeps, and HEADS itself.
     """
 
     seed: int = 0
     n_blocks: int | None = None
-    neighbours: int = 20
+    neighbours: int | None = None
     resolution: float = 1.0
     objective: Objective = Objective.MODULARITY
     min_size: int = 5
@@ -119,7 +119,7 @@ class PartitionOptions:
         if self.n_blocks is not None and not 1 <= self.n_blocks <= n:
             raise BadPartitionOption(f"{self.n_blocks} blocks of {n} features: give 1 to {n}")
         positive = {"neighbours": self.neighbours, "seconds": self.seconds, "resolution": self.resolution}
-        if bad := next((name for name, value in positive.items() if not value > 0), None):
+        if bad := next((name for name, value in positive.items() if value is not None and not value > 0), None):
             raise BadPartitionOption(f"{bad} {positive[bad]}: give more than 0")
         if self.min_size < 2:
             raise BadPartitionOption(f"a cluster of at least {self.min_size} features: give 2 or more")
@@ -306,32 +306,33 @@ def _positive(correlation: FloatArray) -> FloatArray:
 # --- communities of the nearest-neighbour graph -----------------------------------------------------------------------
 
 
-def _neighbour_graph(correlation: FloatArray, options: PartitionOptions) -> "Graph":
-    """The nearest-neighbour graph, weights the correlations. Raises `NoCommunitiesExtra`, and `NotAGraph` where no correlation is positive."""
+def _neighbour_graph(correlation: FloatArray, options: PartitionOptions) -> tuple["Graph", int]:
+    """The nearest-neighbour graph, weights the correlations, and of how many neighbours it is. Raises `NoCommunitiesExtra`, and `NotAGraph` where no correlation is positive."""
     try:
         import igraph
     except ImportError:
         raise NoCommunitiesExtra('this method needs igraph and leidenalg: pip install "featlas[communities]"') from None
-    edges = nearest_edges(correlation, options.neighbours)
-    return igraph.Graph(n=len(correlation), edges=edges, edge_attrs={"weight": correlation[edges[:, 0], edges[:, 1]]})
+    k = usual_neighbours(len(correlation)) if options.neighbours is None else options.neighbours
+    edges = nearest_edges(correlation, k)
+    return igraph.Graph(n=len(correlation), edges=edges, edge_attrs={"weight": correlation[edges[:, 0], edges[:, 1]]}), k
 
 
 def _leiden(correlation: FloatArray, options: PartitionOptions) -> PartitionPath:
     """Leiden until nothing improves. A feature without positive correlations is a block of its own."""
-    graph = _neighbour_graph(correlation, options)
+    graph, neighbours = _neighbour_graph(correlation, options)
     try:
         import leidenalg  # type: ignore[import-untyped]
     except ImportError:
         raise NoCommunitiesExtra('this method needs leidenalg: pip install "featlas[communities]"') from None
     kind = leidenalg.CPMVertexPartition if options.objective is Objective.CPM else leidenalg.RBConfigurationVertexPartition
     found = leidenalg.find_partition(graph, kind, weights="weight", n_iterations=-1, seed=options.seed, resolution_parameter=options.resolution)
-    info = {"objective": options.objective.value, "resolution": options.resolution, "quality": found.quality(), "neighbours": options.neighbours}
+    info = {"objective": options.objective.value, "resolution": options.resolution, "quality": found.quality(), "neighbours": neighbours}
     return PartitionPath(PartitionMethod.LEIDEN.value, by_size(found.membership)[None], info=info)
 
 
 def _louvain(correlation: FloatArray, options: PartitionOptions) -> PartitionPath:
     """Louvain, a level for every aggregation. A feature without positive correlations is a block of its own."""
-    graph = _neighbour_graph(correlation, options)
+    graph, neighbours = _neighbour_graph(correlation, options)
     import igraph
 
     # igraph draws from one generator of the process: the seed is set for this call, Python's own put back after it.
@@ -342,7 +343,7 @@ def _louvain(correlation: FloatArray, options: PartitionOptions) -> PartitionPat
         igraph.set_random_number_generator(random)
     labels = np.stack([by_size(level.membership) for level in levels]) if levels else np.arange(len(correlation))[None]
     modularity = graph.modularity(labels[-1].tolist(), weights="weight", resolution=options.resolution)
-    info = {"objective": Objective.MODULARITY.value, "resolution": options.resolution, "quality": modularity, "neighbours": options.neighbours}
+    info = {"objective": Objective.MODULARITY.value, "resolution": options.resolution, "quality": modularity, "neighbours": neighbours}
     return PartitionPath(PartitionMethod.LOUVAIN.value, labels, info=info)
 
 

@@ -158,10 +158,10 @@ def test_louvain_gives_its_levels() -> None:
 def test_resolution_and_objective_reach_leiden() -> None:
     correlation, labels = cliques([12] * 6)
     correlation[(labels[:, None] // 2 == labels // 2) & (labels[:, None] != labels)] = 0.35
-    coarse, fine = (partition(PartitionMethod.LEIDEN, correlation, PartitionOptions(resolution=r)) for r in (0.5, 4.0))
+    coarse, fine = (partition(PartitionMethod.LEIDEN, correlation, PartitionOptions(resolution=r, neighbours=20)) for r in (0.5, 4.0))
     assert ami(coarse.labels[0], labels // 2) == pytest.approx(1)
     assert ami(fine.labels[0], labels) == pytest.approx(1)
-    potts = PartitionOptions(objective=Objective.CPM, resolution=0.5)
+    potts = PartitionOptions(objective=Objective.CPM, resolution=0.5, neighbours=20)
     assert ami(partition(PartitionMethod.LEIDEN, correlation, potts).labels[0], labels) == pytest.approx(1), "0.35 < γ < 0.7"
 
 
