@@ -307,7 +307,10 @@ def _positive(correlation: FloatArray) -> FloatArray:
 
 
 def _neighbour_graph(correlation: FloatArray, options: PartitionOptions) -> tuple["Graph", int]:
-    """The nearest-neighbour graph, weights the correlations, and of how many neighbours it is. Raises `NoCommunitiesExtra`, and `NotAGraph` where no correlation is positive."""
+    """The nearest-neighbour graph, weights the correlations, and of how many neighbours it is.
+
+    Raises `NoCommunitiesExtra`, and `NotAGraph` where no correlation is positive.
+    """
     try:
         import igraph
     except ImportError:
