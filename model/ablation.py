@@ -279,8 +279,9 @@ def _first_touched(batch: AblationBatch, sets: Sequence[NodeSet], errors: Errors
         at = torch.where(moves[:, position.clamp(min=0), node].cpu(), position, clean.length)  # (batch, n)
         at = torch.where(position == SHARED, earliest[:, node].cpu(), at)
         place = own[:, None].expand(-1, clean.size)
-        site_of.scatter_reduce_(0, place, torch.where(at.T == clean.length, output, number), "amin")
-        begin.scatter_reduce_(0, place, at.T.contiguous(), "amin")
+        at = at.T.contiguous()  # (n, batch)
+        site_of.scatter_reduce_(0, place, torch.where(at < clean.length, number, output), "amin")
+        begin.scatter_reduce_(0, place, at, "amin")
     whole = [i for i, one in enumerate(sets) if not one.complement or errors is Errors.DEAD]
     site_of[whole] = torch.where(anywhere < clean.length, 0, output)
     begin[whole] = anywhere

@@ -1,6 +1,7 @@
 """Node ablation: by hand, against one patched run of the model, and against edge ablation on the complete graph of the kept nodes."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from featlas.model.ablation import Errors, WrongGraph, ablate_edges, ablate_node
 from featlas.model.baselines import Baseline, baseline_nodes
 from featlas.model.masks import ERROR, NodeSet
 from featlas.model.metrics import Metric
+from featlas.model.unit_ablation import ablate_units
 
 from .ablation_cases import BASELINES, random_experiment, random_nodes, tiny_case
 from .hand_worked import hand_worked_case
@@ -16,6 +18,7 @@ from .micro import FAMILIES
 from .micro_dictionaries import KINDS
 from .naive_ablation import Model, alive_nodes, complete_edges, every_kept_node_has_a_kept_parent, naive_node_ablation
 from .test_ablation import SITES, assert_near
+from .unit_cases import random_unit_edges, random_units
 
 
 def assert_equal_to_the_definition(case, nodes, errors=Errors.LISTED):
@@ -136,6 +139,25 @@ def test_order_batches_sets_and_memory_change_nothing():
     assert_near(torch.cat([ablate_nodes(case.only(i).batch(), sets) for i in range(3)], dim=1), together)
     assert_near(torch.cat([ablate_nodes(case.batch(), [one]) for one in sets]), together)
     assert_near(ablate_nodes(case.batch(), sets, memory=1), together)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pairs_that_differ_late_are_run_from_there_on(family):
+    """Prompts that differ at their last two tokens alone: behind a clean beginning as from the first position on."""
+    case = tiny_case(family, "topk", ("embed", "attn_0", "resid_0", "mlp_1"), length=6, batch=2)
+    pairs = replace(case.pairs, corrupt=torch.cat([case.pairs.clean[:, :4], (case.pairs.clean[:, 4:] + 7) % 48], dim=1))
+    values = case.batch().clean.values
+    case = replace(case, pairs=pairs, base=baseline_nodes(case.binding, case.dictionaries, pairs, values, Baseline.COUNTERFACTUAL))
+    rng = random.Random(2)
+    sets = [random_nodes(case, rng, share, complement=i % 2 == 0) for i, share in enumerate((0.05, 0.4, 0.3, 0.7))]
+    late, early = case.batch(), case.batch()
+    early.clean.__dict__["begins_late"] = False  # as with an attention that can be run on whole sequences alone
+    assert late.clean.begins_late
+    assert_near(ablate_nodes(late, sets), ablate_nodes(early, sets))
+    assert_near(ablate_nodes(late, sets), torch.stack([naive_node_ablation(*case.oracle(), one) for one in sets]))
+    units = random_units(case, rng)
+    edges = [random_unit_edges(units, rng, 0.4), random_unit_edges(units, rng, 0.2, complement=True)]
+    assert_near(ablate_units(late, edges), ablate_units(early, edges))
 
 
 def test_a_set_over_other_sites_is_refused():
