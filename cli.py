@@ -1230,12 +1230,13 @@ def neo4j_up_command(
     bolt_port: BoltPort = 7687,
     http_port: HttpPort = 7474,
     heap_mb: Annotated[int, typer.Option("--heap-mb", help="Memory of the server in MiB.")] = 2048,
+    gds: Annotated[bool, typer.Option("--gds", help="With the open edition of Graph Data Science; a running server must go down first.")] = False,
     as_json: Json = False,
 ) -> None:
     """Start a local Neo4j with its Browser (Java 17; the jars are fetched once by Maven) and say how to log in."""
     from .queries.neo4j_server import ServerOptions, default_home, up
 
-    info = up(home or default_home(), ServerOptions(bolt_port=bolt_port, http_port=http_port, heap_mb=heap_mb))
+    info = up(home or default_home(), ServerOptions(bolt_port=bolt_port, http_port=http_port, heap_mb=heap_mb, gds=gds))
     if as_json:
         console.say_json({"uri": info.uri, "browser": info.http_url, "username": info.username, "password_file": str(info.password_file)})
         return

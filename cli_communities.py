@@ -1,5 +1,7 @@
 """The command that finds communities of effective graphs and puts them to the test: `featlas analyze communities`."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +33,7 @@ from .options import (
     Mean,
     Memory,
     NoiseScale,
+    NotBoth,
     Run,
     Seed,
     StatisticsRun,
@@ -40,9 +43,11 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from .analysis.communities import Communities, CommunityOptions, EffectiveGraph
     from .analysis.community_ablation import Tested
     from .analysis.community_study import CommunityStudy
     from .analysis.study import Study
+    from .queries.store import GraphStore
 
 
 @analyze_app.command("communities")
@@ -65,6 +70,7 @@ def analyze_communities_command(
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="Hard time limit of nested-sbm; Leiden takes its place where it is not done.")] = 120.0,
     graph_tool: Annotated[str | None, typer.Option("--graph-tool", help="The Python that has graph-tool; searched for unless given.")] = None,
+    gds: Annotated[bool, typer.Option("--gds", help="On a Neo4j server with Graph Data Science: leiden or louvain of that library.")] = False,
     seeds: Annotated[int, typer.Option("--seeds", help="Seeds whose communities are compared; 1 compares none.")] = 5,
     scan: Annotated[bool, typer.Option("--scan/--no-scan", help="Compare resolutions from a quarter to four times the chosen one.")] = True,
     nulls: Annotated[int, typer.Option("--nulls", help="Rewired graphs with the same degrees and layers; 0 for none.")] = 20,
@@ -114,6 +120,11 @@ def analyze_communities_command(
     ablation = AblationOptions(largest, held_out, control_draws)
     ablation.check()
     with open_atlas(atlas, graph, write=write) as store:
+        divide = None
+        if gds:
+            if circuit is not None or task is not None or top_edges is not None or with_output:
+                raise NotBoth("--gds divides a run's whole graph: leave out --circuit, --task, --top-edges and --with-output")
+            divide = _by_gds(store, graph, options, by, threshold, error_nodes)
         given = None if circuit is None else read_circuit(store, circuit)
         found = find_run(store, run if run is not None or given is None else given.selection.run)
         study: Study | None = None
@@ -125,7 +136,9 @@ def analyze_communities_command(
             )  # fmt: skip
         chosen = GraphOptions(By(by), threshold, top_edges, task, error_nodes, with_output)
         with console.progress("communities", quiet=as_json) as bar:
-            result = study_communities(store, found, chosen, options, wanted, circuit=None if given is None else given.key, progress=bar)
+            key = None if given is None else given.key
+            own = None if divide is None else partial(divide, found.key)
+            result = study_communities(store, found, chosen, options, wanted, circuit=key, found=own, progress=bar)
         if not as_json:
             show_communities.show_communities(result)
         tested = None
@@ -147,6 +160,32 @@ def analyze_communities_command(
             written = write_communities(store, found, result.graph, result.communities, options, result.described, tested=tested, notes=result.notes)
             if not as_json:
                 show_communities.show_written(written)
+
+
+def _by_gds(
+    store: "GraphStore", uri: str | None, options: "CommunityOptions", by: str, threshold: float, errors: bool
+) -> "Callable[[str, EffectiveGraph], Communities]":
+    """What divides the graph of a run on its server. Raises `NoGds` where it cannot."""
+    import polars as pl
+
+    from .analysis.communities import Communities, directed_modularity
+    from .analysis.parcellation import by_size
+    from .queries.gds import GdsOptions, connected, gds_communities, require_gds
+    from .queries.store import ServerCredentials
+
+    kinds = ("feature", "error") if errors else ("feature",)
+    settings = GdsOptions(options.method.value, by, threshold, kinds, options.resolution, options.seed)
+    settings.check()
+    require_gds(store)
+
+    def divide(run: str, graph: "EffectiveGraph") -> Communities:
+        found = gds_communities(lambda: connected(str(uri), ServerCredentials.from_environment()), run, settings)
+        joined = graph.nodes.select("key").join(found, on="key", how="left", maintain_order="left")
+        labels = by_size(joined["community"].cast(pl.Int64).to_numpy())
+        info = {"by": "Graph Data Science", "directions": "ignored", "seed": options.seed, "resolution": options.resolution}
+        return Communities(labels, options.method, directed_modularity(graph, labels), None, info)
+
+    return divide
 
 
 def _save(frame: Any, path: Path) -> None:

@@ -24,6 +24,8 @@ def show_communities(study: CommunityStudy) -> None:
     console.heading(f"{found.n_communities} communities by {found.method.value} of {graph.description}")
     if (instead := found.info.get("instead_of")) is not None:
         console.say(f"{found.method.value} instead of {instead}: {found.info['reason']}")
+    if found.info.get("by") == "Graph Data Science":
+        console.say("divided by Graph Data Science on the server, which ignores directions; seeds, resolutions and rewired graphs are not run there")
     left = f"; {graph.left_out} other nodes of these edges are left out or have no edge then" if graph.left_out else ""
     at = f", resolution {options.resolution:g}" if found.method.has_resolution else ""
     code = "" if found.codelength is None else f", codelength {found.codelength:.4g} bits"

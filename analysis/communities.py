@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import scipy.sparse as sp
+import scipy.sparse as sp  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 
 from ..errors import UserError
 from ..queries.store import GraphStore
@@ -128,7 +128,8 @@ class EffectiveGraph:
     @cached_property
     def strength(self) -> FloatArray:
         """The sum of a node's edges' weights, incoming and outgoing, (n,)."""
-        return np.bincount(self.source, self.weight, self.n) + np.bincount(self.target, self.weight, self.n)
+        sent, received = (np.bincount(end, self.weight, self.n) for end in (self.source, self.target))
+        return np.asarray(sent + received, dtype=np.float64)
 
     def adjacency(self) -> sp.csr_matrix:
         """(n, n), row: source."""
@@ -264,8 +265,8 @@ def _missing(name: str, method: Method) -> MissingPackage:
 
 def _leiden(graph: EffectiveGraph, options: CommunityOptions) -> Found:
     try:
-        import igraph
-        import leidenalg
+        import igraph  # type: ignore[import-untyped]
+        import leidenalg  # type: ignore[import-untyped]
     except ImportError as error:
         raise _missing(error.name or "leidenalg", Method.LEIDEN) from None
     made = igraph.Graph(n=graph.n, edges=np.column_stack([graph.source, graph.target]), directed=True)
@@ -308,7 +309,7 @@ def _infomap(graph: EffectiveGraph, options: CommunityOptions) -> Found:
 
 def _spectral(graph: EffectiveGraph, options: CommunityOptions) -> Found:
     """Eigenvectors of D^-1/2 (A + Aᵀ) D^-1/2, D raised by its mean against nodes of low degree (Qin and Rohe 2013), rows normalised, k-means."""
-    from scipy.sparse.linalg import eigsh
+    from scipy.sparse.linalg import eigsh  # type: ignore[import-untyped]
 
     both = graph.adjacency()
     both = both + both.T

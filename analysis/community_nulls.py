@@ -110,7 +110,7 @@ def _alone(old: IntArray, new: IntArray) -> np.ndarray:
     _, place, n = np.unique(own[counted], return_inverse=True, return_counts=True)
     shared = np.zeros(own.shape, dtype=bool)
     shared[counted] = n[place] > 1
-    return ~shared.any(axis=0)
+    return np.asarray(~shared.any(axis=0))
 
 
 # --- significance -----------------------------------------------------------------------------------------------------

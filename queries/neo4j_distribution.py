@@ -2,6 +2,7 @@
 
 1. `find_java`: a Java that Neo4j 5.26 runs on (17 to 21), from JAVA_HOME, the PATH or the system's usual folder.
 2. `distribution`: the jars named in pom.xml, resolved by Maven once per version into the user's cache and shared by all atlases.
+3. `gds_plugin`: the jars of the open edition of Graph Data Science, those that Neo4j itself has left out.
 
 Maven decides where the jars come from (its own settings name the repositories and mirrors). Two processes may ask at the
 same time: one downloads behind a file lock, into a temporary folder that is renamed when it is complete.
@@ -24,6 +25,8 @@ POM = Path(__file__).with_name("pom.xml")
 JAVA_VERSIONS = range(17, 22)  # what Neo4j 5.26 supports: 17 and 21, and what lies between
 SYSTEM_JAVAS = Path("/usr/lib/jvm")
 DOWNLOAD_LIMIT_S = 900.0
+GDS_FOLDER = "-gds-"
+"""In the name of the folder of Graph Data Science's jars."""
 
 
 class JavaMissing(FeatlasError):
@@ -40,9 +43,13 @@ class DownloadFailed(FeatlasError):
 
 def neo4j_version() -> str:
     """The version of Neo4j that pom.xml names, like `5.26.30`."""
-    version = ElementTree.parse(POM).findtext("properties/neo4j.version")
+    return _version("neo4j.version")
+
+
+def _version(name: str) -> str:
+    version = ElementTree.parse(POM).findtext(f"properties/{name}")
     if version is None:
-        raise FeatlasError(f"{POM} names no neo4j.version: install featlas again")
+        raise FeatlasError(f"{POM} names no {name}: install featlas again")
     return version
 
 
@@ -50,6 +57,15 @@ def cache_folder() -> Path:
     """The folder that holds the jars of this version, there or not: `$XDG_CACHE_HOME/featlas/neo4j-<version>`."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "featlas" / f"neo4j-{neo4j_version()}"
+
+
+def gds_plugin() -> Path:
+    """The folder of the Graph Data Science library's jars without those of `distribution`; downloaded on the first call (about 30 MB)."""
+    own = distribution()
+    folder = own.with_name(f"{own.name}{GDS_FOLDER}{_version('gds.version')}")
+    if not folder.is_dir():
+        _resolve(folder, f"proc-{_version('gds.version')}.jar", profile="gds", without=own)
+    return folder
 
 
 def find_java() -> Path:
@@ -94,8 +110,13 @@ def java_version(java: Path) -> int | None:
 def distribution() -> Path:
     """The folder of Neo4j's jars, downloaded on the first call for this version (about 140 MB, 10 s), then only looked up."""
     folder = cache_folder()
-    if folder.is_dir():
-        return folder
+    if not folder.is_dir():
+        _resolve(folder, f"neo4j-{neo4j_version()}.jar")
+    return folder
+
+
+def _resolve(folder: Path, jar: str, *, profile: str | None = None, without: Path | None = None) -> None:
+    """Have Maven fill `folder`, behind a lock. jar: one that must be among them; without: a folder whose jars are left out."""
     maven = shutil.which("mvn")
     if maven is None:
         raise MavenMissing(
@@ -105,15 +126,14 @@ def distribution() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(folder.with_name(folder.name + ".lock")):
         if not folder.is_dir():
-            _download(maven, folder)
-    return folder
+            _download(maven, folder, jar, profile, without)
 
 
-def _download(maven: str, folder: Path) -> None:
+def _download(maven: str, folder: Path, jar: str, profile: str | None, without: Path | None) -> None:
     """Resolve the jars beside `folder` and rename: `folder` is either complete or not there."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".part-") as part:
         jars = Path(part) / "jars"
-        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}"]
+        goal = ["dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={jars}", *(["-P", profile] if profile else [])]
         # a copy of the pom: Maven may write a target folder beside it, and an installed package is not ours to write to
         pom = shutil.copy(POM, part)
         try:
@@ -123,9 +143,11 @@ def _download(maven: str, folder: Path) -> None:
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise DownloadFailed(f"Maven had not resolved Neo4j's jars after {DOWNLOAD_LIMIT_S:.0f} s: try again") from error
-        if done.returncode or not any(jars.glob(f"neo4j-{neo4j_version()}.jar")):
+        if done.returncode or not (jars / jar).is_file():
             last_lines = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
             raise DownloadFailed(f"Maven could not resolve Neo4j's jars into {folder}; it said:\n{last_lines}")
+        for known in without.iterdir() if without is not None else ():
+            (jars / known.name).unlink(missing_ok=True)
         jars.rename(folder)
 
 

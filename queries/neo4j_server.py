@@ -29,7 +29,7 @@ from string import Template
 from urllib.parse import urlsplit
 
 from ..errors import FeatlasError, UserError
-from .neo4j_distribution import distribution, exclusive, find_java
+from .neo4j_distribution import GDS_FOLDER, distribution, exclusive, find_java, gds_plugin
 
 USERNAME = "neo4j"
 LOOPBACK = "127.0.0.1"
@@ -75,6 +75,7 @@ class ServerOptions:
     """How to run a server: ports (0 takes any free one), memory in MiB, seconds to wait until it answers.
 
     `throwaway` is for tests: it stops in 2 s instead of 10 by not waiting for its clients, and takes the small garbage collector.
+    `gds` adds the open edition of Graph Data Science; without it a server that had it starts without.
     """
 
     bolt_port: int = BOLT_PORT
@@ -83,6 +84,7 @@ class ServerOptions:
     pagecache_mb: int = 256
     start_limit_s: float = 180.0
     throwaway: bool = False
+    gds: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,9 @@ def prepare_home(home: Path, options: ServerOptions, bolt_port: int, http_port: 
     )
     if options.throwaway:
         settings += here.with_name("neo4j_throwaway.conf").read_text()
+    if options.gds:
+        settings += "dbms.security.procedures.unrestricted=gds.*\n"
+    _link_gds(home / "plugins", gds_plugin() if options.gds else None)
     (home / "conf" / "neo4j.conf").write_text(settings)
     password_file = home / "password"
     if (home / "data" / "databases" / "system").exists():  # users are made at the first start
@@ -238,6 +243,15 @@ def prepare_home(home: Path, options: ServerOptions, bolt_port: int, http_port: 
         write_private(password_file, secrets.token_hex(16))
     # neo4j-admin takes the password as an argument, and any argument from a file: this keeps it off the command line
     run_admin(home, "dbms", "set-initial-password", f"@{password_file}")
+
+
+def _link_gds(plugins: Path, jars: Path | None) -> None:
+    """Links to the jars of Graph Data Science in the folder of plugins in place of those that were there; what else is there stays."""
+    for link in plugins.iterdir():
+        if link.is_symlink() and GDS_FOLDER in link.readlink().parent.name:
+            link.unlink()
+    for jar in jars.glob("*.jar") if jars is not None else ():
+        (plugins / jar.name).symlink_to(jar)
 
 
 def write_private(path: Path, text: str) -> None:

@@ -65,7 +65,7 @@ class Neo4jStore(GraphStore):
         self.uri = uri
         self.read_only = read_only
         self._database = credentials.database
-        self._driver = _driver(uri, _completed(uri, credentials))
+        self._driver = _driver(uri, completed_credentials(uri, credentials))
         try:
             with _readable_errors(uri, credentials.database):
                 self._driver.verify_connectivity()
@@ -172,7 +172,7 @@ class Neo4jStore(GraphStore):
 # Opening
 
 
-def _completed(uri: str, credentials: ServerCredentials) -> ServerCredentials:
+def completed_credentials(uri: str, credentials: ServerCredentials) -> ServerCredentials:
     """Credentials with what was left out: the ones that `featlas neo4j up` saved for its own server, the user `neo4j`."""
     if credentials.password is None:
         from .neo4j_server import saved_credentials

@@ -16,9 +16,10 @@ MAY_IMPORT = {
 ONLY_IN = {
     "ladybug": {"queries/embedded.py"},
     "neo4j": {"queries/server.py"},
+    "graphdatascience": {"queries/gds.py"},
     "py2neo": set(),
     "duckdb": {"queries/statistics.py"},
-    "plotly": {"analysis/plots.py"},
+    "plotly": {"analysis/plots.py", "analysis/region_plots.py"},
     "graph_tool": {"analysis/graph_tool_worker.py"},
     "pickle": set(),
     "cloudpickle": set(),

@@ -86,6 +86,9 @@ def test_without_the_model_and_without_writing(run, tiny, atlas) -> None:
         (("--threshold", 1e9), "no edge is left of run"),
         (("--task", "ioi"), "no sequence of run"),
         (("--circuit", "zzz"), "no circuit 'zzz'"),
+        (("--gds",), "--gds needs a graph on a Neo4j server"),
+        (("--gds", "--method", "infomap"), "--gds divides by leiden or louvain, not infomap"),
+        (("--gds", "--task", "even"), "--gds divides a run's whole graph"),
     ],
 )
 def test_mistakes_are_one_line(run, tiny, atlas, arguments, said) -> None:
