@@ -198,7 +198,7 @@ def _faithfulness(values: pl.DataFrame, sizes: pl.DataFrame, options: GalleryOpt
     table = with_sizes(table, sizes)
     where = "" if task is None else f", {task}"
     return Exhibit(
-        name=_identifier("faithfulness", metric, task or POOLED), title=f"Faithfulness and completeness: {metric}{where}",
+        name=identifier("faithfulness", metric, task or POOLED), title=f"Faithfulness and completeness: {metric}{where}",
         question="How much of what the model does is done by the circuit alone (faithfulness), and how much is left without it (completeness)?",
         fixed=_HELD.format(stated(table)),
         reading="φ is 1 where an ablated model does as well as the whole one, 0 where it does as the baseline. The upper row should rise early, "
@@ -214,7 +214,7 @@ _FAITHFULNESS_COLUMNS = (
 )  # fmt: skip
 
 
-def _identifier(*parts: str) -> str:
+def identifier(*parts: str) -> str:
     """An id for an element of the page."""
     return "-".join("".join(c if c.isascii() and c.isalnum() else "-" for c in part) for part in parts)
 

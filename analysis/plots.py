@@ -27,10 +27,10 @@ from .faithfulness import ATTRIBUTION, POOLED
 from .notes import SEPARATOR, readable
 
 RAISES, LOWERS, FEATURE, ERROR, OUTPUT = "#2166ac", "#b2182b", "#3b7d6e", "#a9a9a9", "#e0a526"
-_INK, _SOFT, _PALE, _FONT = "#24292f", "#57606a", "#e7eaee", "Helvetica, Arial, DejaVu Sans, sans-serif"
+INK, SOFT, PALE, _FONT = "#24292f", "#57606a", "#e7eaee", "Helvetica, Arial, DejaVu Sans, sans-serif"
 Figure = go.Figure
 """What the functions here return, for those that may not import plotly."""
-_WIDTH_CLASSES = 6  # plotly has one width per trace, so widths come in steps
+WIDTH_CLASSES = 6  # plotly has one width per trace, so widths come in steps
 _CURVE_POINTS = 15
 _CHARACTER_PIXELS = 6.2
 _PIXELS = 1040  # width of the drawing area, to know which names fit
@@ -59,7 +59,7 @@ def lay_out(circuit: Circuit) -> Drawing:
     edges = circuit.edges.join(at.rename({"node": "from_node", "key": "source", "pos": "src_pos"}), on=["source", "src_pos"], maintain_order="left")
     edges = edges.join(at.rename({"node": "to_node", "key": "target", "pos": "dest_pos"}), on=["target", "dest_pos"], maintain_order="left")
     source, target = edges["from_node"].to_numpy(), edges["to_node"].to_numpy()
-    x = _positioned(nodes["pos"].to_numpy(), row) if positions else _uncrossed(row, source, target, edges["strength"].to_numpy())
+    x = _positioned(nodes["pos"].to_numpy(), row) if positions else uncrossed(row, source, target, edges["strength"].to_numpy())
     y = row.astype(np.float64)
     if not positions:
         y += _stagger(row, x, nodes["influence"].to_numpy())
@@ -75,7 +75,7 @@ def _spread(order: np.ndarray) -> np.ndarray:
     return 0.5 + (order - (n - 1) / 2) * step
 
 
-def _uncrossed(row: np.ndarray, source: np.ndarray, target: np.ndarray, strength: np.ndarray, sweeps: int = 8) -> np.ndarray:
+def uncrossed(row: np.ndarray, source: np.ndarray, target: np.ndarray, strength: np.ndarray, sweeps: int = 8) -> np.ndarray:
     """x (n,) after `sweeps` rounds of ordering each row by the weighted mean x of its neighbours."""
     x = np.zeros(len(row))
     for r in np.unique(row):
@@ -129,14 +129,14 @@ def circuit_figure(circuit: Circuit, notes: pl.DataFrame, *, max_edges: int = 15
     labels = _labels(nodes, n_positions if drawing.positions else 1)
     figure.update_layout(
         title={"text": html.escape(title), "x": 0.5, "font": {"size": 19}}, height=height, template="plotly_white", hovermode="closest",
-        font={"family": _FONT, "color": _INK, "size": 13}, margin={"l": 84, "r": 24, "t": 84 if title else 48, "b": 74}, plot_bgcolor="white",
+        font={"family": _FONT, "color": INK, "size": 13}, margin={"l": 84, "r": 24, "t": 84 if title else 48, "b": 74}, plot_bgcolor="white",
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "itemsizing": "constant"},
-        hoverlabel={"align": "left", "bgcolor": "white", "bordercolor": "#8c959f", "font": {"family": _FONT, "size": 12, "color": _INK}},
+        hoverlabel={"align": "left", "bgcolor": "white", "bordercolor": "#8c959f", "font": {"family": _FONT, "size": 12, "color": INK}},
         annotations=[*labels, _caption(drawn, circuit)], meta={"edges": _ends_for_script(drawing.edges)},
     )
     figure.update_yaxes(
         tickvals=list(range(len(drawing.sites))), ticktext=list(drawing.sites), range=[-0.55, len(drawing.sites) - 0.4],
-        showgrid=True, gridcolor=_PALE, zeroline=False, fixedrange=False,
+        showgrid=True, gridcolor=PALE, zeroline=False, fixedrange=False,
     )
     figure.update_xaxes(visible=drawing.positions, showgrid=False, zeroline=False)
     if drawing.positions:
@@ -166,10 +166,10 @@ def _caption(drawn: Circuit, circuit: Circuit) -> dict[str, object]:
         part = f"Drawn: all {circuit.n_edges} edges and {circuit.n_nodes} nodes."
     text = f"{part} An edge is as wide as the square root of its strength, a node as large as its influence on the output."
     place = {"xref": "paper", "yref": "paper", "x": 0.5, "y": 0, "yshift": -52}
-    return {"text": text, **place, "showarrow": False, "font": {"size": 12, "color": _SOFT}}
+    return {"text": text, **place, "showarrow": False, "font": {"size": 12, "color": SOFT}}
 
 
-def _curves(edges: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+def curves(edges: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Smooth curves that leave and enter vertically, as (n_edges, points + 1) with a gap (NaN) after each."""
     t = np.linspace(0, 1, _CURVE_POINTS)[None, :]
     x0, y0, x1, y1 = (edges[c].to_numpy()[:, None] for c in ("x0", "y0", "x1", "y1"))
@@ -181,27 +181,27 @@ def _curves(edges: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 _SIGNS = ((True, RAISES, "raises the metric"), (False, LOWERS, "lowers the metric"))
 
 
-def _width_classes(strength: np.ndarray) -> np.ndarray:
-    """Class 0 ... _WIDTH_CLASSES - 1 of each edge by the root of its strength; the top twentieth share the widest, so that none dwarfs the rest."""
+def width_classes(strength: np.ndarray) -> np.ndarray:
+    """Class 0 ... WIDTH_CLASSES - 1 of each edge by the root of its strength; the top twentieth share the widest, so that none dwarfs the rest."""
     size = np.sqrt(strength / np.quantile(strength, 0.95))
-    return np.minimum((size * _WIDTH_CLASSES).astype(int), _WIDTH_CLASSES - 1)
+    return np.minimum((size * WIDTH_CLASSES).astype(int), WIDTH_CLASSES - 1)
 
 
-def _line_width(step: float) -> float:
+def line_width(step: float) -> float:
     """Pixels of a width class."""
-    return 0.8 + 5.2 * ((step + 0.5) / _WIDTH_CLASSES) ** 1.5
+    return 0.8 + 5.2 * ((step + 0.5) / WIDTH_CLASSES) ** 1.5
 
 
 def _edge_traces(drawing: Drawing) -> list[go.Scatter]:
     """One trace for each sign and width class, the weak ones first so that strong edges lie on top; then the legend's two lines."""
-    xs, ys = _curves(drawing.edges)
-    classes = _width_classes(drawing.edges["strength"].to_numpy())
+    xs, ys = curves(drawing.edges)
+    classes = width_classes(drawing.edges["strength"].to_numpy())
     positive = drawing.edges["weight"].to_numpy() >= 0
     traces = []
-    for step in range(_WIDTH_CLASSES):
+    for step in range(WIDTH_CLASSES):
         for sign, colour, name in _SIGNS:
             chosen = (classes == step) & (positive == sign)
-            line, opacity = {"color": colour, "width": _line_width(step)}, 0.34 + 0.5 * step / _WIDTH_CLASSES
+            line, opacity = {"color": colour, "width": line_width(step)}, 0.34 + 0.5 * step / WIDTH_CLASSES
             curve = {"x": xs[chosen].ravel(), "y": ys[chosen].ravel(), "mode": "lines", "line": line, "opacity": opacity}
             traces.append(go.Scatter(**curve, hoverinfo="skip", name=name, legendgroup=name, showlegend=False))
     for _, colour, name in _SIGNS:
@@ -332,7 +332,7 @@ def flow_figure(summary: pl.DataFrame) -> go.Figure:
     figure = go.Figure(bars)
     figure.update_traces(textposition="inside", hovertemplate="%{x}: %{y:.1%} %{fullData.name}<extra></extra>")
     figure.update_layout(
-        barmode="stack", template="plotly_white", height=330, font={"family": _FONT, "color": _INK, "size": 13}, bargap=0.35,
+        barmode="stack", template="plotly_white", height=330, font={"family": _FONT, "color": INK, "size": 13}, bargap=0.35,
         margin={"l": 84, "r": 24, "t": 40, "b": 40}, legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1.02, "yanchor": "bottom"},
     )
     figure.update_yaxes(tickformat=".0%", title="share of the output's flow", rangemode="tozero")
@@ -365,9 +365,9 @@ def agreement_figure(table: pl.DataFrame, measures: Sequence[str] = _AGREEMENT_M
     at_top = lambda pixels: {"yref": "container", "y": 1 - pixels / height, "yanchor": "top"}
     figure.update_layout(
         template="plotly_white", title={"text": html.escape(title), **at_top(20)}, legend={"orientation": "h", "x": 0, **at_top(52)}, height=height,
-        barmode="overlay", bargap=0.35, margin={"t": 130, "b": 110}, font={"family": _FONT, "color": _INK, "size": 13},
+        barmode="overlay", bargap=0.35, margin={"t": 130, "b": 110}, font={"family": _FONT, "color": INK, "size": 13},
     )
-    figure.update_yaxes(zeroline=True, zerolinecolor=_INK, zerolinewidth=1, gridcolor=_PALE)
+    figure.update_yaxes(zeroline=True, zerolinecolor=INK, zerolinewidth=1, gridcolor=PALE)
     figure.update_xaxes(tickangle=-35)
     return figure
 
@@ -380,7 +380,7 @@ def _agreement_traces(rows: pl.DataFrame, *, legend: bool) -> list[go.Bar | go.S
         own = rows.filter((pl.col("null") == null) & pl.col("p").is_not_null())
         traces.append(go.Bar(
             x=_site_pairs(own), base=own["null_low"], y=own["null_high"] - own["null_low"], width=0.6 - 0.3 * place, name=f"{null} labels, 95 %",
-            marker_color=_NULL_COLOURS.get(null, _PALE), legendgroup=null, showlegend=legend,
+            marker_color=_NULL_COLOURS.get(null, PALE), legendgroup=null, showlegend=legend,
             customdata=own.select("null_low", "null_high", "p", "q").rows(), hovertemplate=f"{null}: %{{customdata[0]:.3f}} … %{{customdata[1]:.3f}}"
             "<br>p %{customdata[2]:.3g}, q %{customdata[3]:.3g}<extra></extra>",
         ))  # fmt: skip
@@ -401,7 +401,7 @@ def _site_pairs(rows: pl.DataFrame) -> list[str]:
 
 # What one method is drawn in, in every figure: Okabe and Ito's colours, told apart by dash and symbol too. Attribution is always the blue line.
 @dataclass(frozen=True)
-class _Pen:
+class Pen:
     colour: str
     dash: str
     symbol: str
@@ -409,18 +409,18 @@ class _Pen:
 
 
 _PENS = {
-    ATTRIBUTION: _Pen("#0072b2", "solid", "circle", 3.0),
-    "greedy pruning": _Pen("#d55e00", "solid", "star", 2.2),
-    "learned gates": _Pen("#56b4e9", "dash", "hexagon", 2.2),
-    "measured effects": _Pen("#5e4fa2", "dashdot", "cross", 2.2),
-    "per sequence": _Pen("#8c6d31", "solid", "pentagon", 2.2),
-    "node attribution": _Pen("#009e73", "longdash", "triangle-down"),
-    "top activations": _Pen("#e69f00", "dashdot", "diamond"),
-    "shuffled weights": _Pen("#cc79a7", "dash", "triangle-up"),
-    "random edges": _Pen("#57606a", "dot", "square"),
-    "random nodes": _Pen("#98a2ac", "dash", "x"),
+    ATTRIBUTION: Pen("#0072b2", "solid", "circle", 3.0),
+    "greedy pruning": Pen("#d55e00", "solid", "star", 2.2),
+    "learned gates": Pen("#56b4e9", "dash", "hexagon", 2.2),
+    "measured effects": Pen("#5e4fa2", "dashdot", "cross", 2.2),
+    "per sequence": Pen("#8c6d31", "solid", "pentagon", 2.2),
+    "node attribution": Pen("#009e73", "longdash", "triangle-down"),
+    "top activations": Pen("#e69f00", "dashdot", "diamond"),
+    "shuffled weights": Pen("#cc79a7", "dash", "triangle-up"),
+    "random edges": Pen("#57606a", "dot", "square"),
+    "random nodes": Pen("#98a2ac", "dash", "x"),
 }
-_OTHER_PENS = (_Pen("#b2182b", "dot", "bowtie"), _Pen("#1b7837", "dashdot", "hourglass"), _Pen("#542788", "dash", "star-diamond"))
+_OTHER_PENS = (Pen("#b2182b", "dot", "bowtie"), Pen("#1b7837", "dashdot", "hourglass"), Pen("#542788", "dash", "star-diamond"))
 
 SIZES_OF_A_CIRCUIT = {
     "n_edges": "edges", "n_nodes": "nodes", "average_degree": "average degree",
@@ -438,7 +438,7 @@ class MixedTable(UserError):
     """A figure is of one metric, baseline, averaging, split and task."""
 
 
-def _pen(method: str) -> _Pen:
+def _pen(method: str) -> Pen:
     """The method's own, else one of three by its name, so that it is the same in every figure."""
     name = method.replace("_", " ").replace("-", " ").lower()
     return _PENS.get(name) or _OTHER_PENS[crc32(name.encode()) % len(_OTHER_PENS)]
@@ -558,12 +558,12 @@ def faithfulness_figure(table: pl.DataFrame, *, reached: pl.DataFrame | None = N
         figure.update_yaxes(range=_phi_range(points.filter(pl.col("part") == part)), row=row)
         figure.update_yaxes(title_text=PARTS.get(part, part), row=row, col=1)
     for level in (0.0, 1.0):
-        figure.add_hline(y=level, line={"color": _SOFT, "width": 1}, layer="below")
+        figure.add_hline(y=level, line={"color": SOFT, "width": 1}, layer="below")
     for level in () if reached is None or "circuit" not in parts else reached["level"].unique().to_list():
         figure.add_hline(y=level, line={"color": "#afb8c1", "width": 1, "dash": "dot"}, layer="below", row=1 + parts.index("circuit"), col="all")
-    _legend_once(figure)
+    legend_once(figure)
     height = 190 + 290 * len(parts)
-    _style(figure, title, subtitle, height, notes=[_band_note(points), _empty_note(points), _undefined_note(points)])
+    style(figure, title, subtitle, height, notes=[_band_note(points), _empty_note(points), _undefined_note(points)])
     zeros = [bool((points[axis.column] == 0).any()) for axis in axes]
     panels = [len(ablations) * row + column + 1 for row in range(len(parts)) for column in range(len(ablations))]
     _switch(figure, axes, [xs for _, xs in drawn], zeros=zeros, panels=panels, titled=panels[-len(ablations) :])
@@ -581,19 +581,19 @@ def _curve(rows: pl.DataFrame, axes: Sequence[_Axis]) -> list[tuple[go.Scatter, 
     if rows[ends[0]].drop_nulls().len():
         outline = [_band(rows, axis, ends) for axis in axes]
         band = go.Scatter(
-            x=outline[0][0], y=outline[0][1], mode="lines", fill="toself", fillcolor=_faded(pen.colour, 0.2 if method == ATTRIBUTION else 0.13),
+            x=outline[0][0], y=outline[0][1], mode="lines", fill="toself", fillcolor=faded(pen.colour, 0.2 if method == ATTRIBUTION else 0.13),
             line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=method, name=f"{method} band",
         )  # fmt: skip
         pairs.append((band, [x for x, _ in outline]))
     hover, data = _hover_lines(rows, axes)
     line = go.Scatter(
-        x=axes[0].place(rows[axes[0].column]), y=rows["value"].to_list(), name=html.escape(method), legendgroup=method, **_pen_marks(pen),
+        x=axes[0].place(rows[axes[0].column]), y=rows["value"].to_list(), name=html.escape(method), legendgroup=method, **pen_marks(pen),
         customdata=data, hovertemplate=hover,
     )  # fmt: skip
     return [*pairs, (line, [axis.place(rows[axis.column]) for axis in axes])]
 
 
-def _pen_marks(pen: _Pen) -> dict[str, object]:
+def pen_marks(pen: Pen) -> dict[str, object]:
     """A line with its points, and a gap where there is none."""
     line, marker = {"color": pen.colour, "dash": pen.dash, "width": pen.width}, {"symbol": pen.symbol, "size": 7, "color": pen.colour}
     return {"mode": "lines+markers", "connectgaps": False, "line": line, "marker": marker}
@@ -633,7 +633,7 @@ def _reached(rows: pl.DataFrame, axes: Sequence[_Axis]) -> list[tuple[go.Scatter
         return []
     text = [f"{' and '.join(f'{level:g}' for level in levels)}    " for levels in marks["level"]]
     sizes = "<br>".join(f"%{{customdata[{i}]:,.4~g}} {axis.button}" for i, axis in enumerate(axes))
-    marker = {"symbol": "diamond-open", "size": 15, "color": _INK, "line": {"width": 2.5}}
+    marker = {"symbol": "diamond-open", "size": 15, "color": INK, "line": {"width": 2.5}}
     trace = go.Scatter(
         x=axes[0].place(marks[columns[0]]), y=marks["value"].to_list(), mode="markers+text", text=text, textposition="middle left",
         name="smallest to reach", marker=marker, legendgroup="reached", textfont={"size": 12.5},
@@ -661,10 +661,10 @@ def _switch(
     if len(axes) < 2:
         return
     buttons = [{"label": axis.button, "method": "update", "args": [{"x": [own[i] for own in xs]}, settings[i]]} for i, axis in enumerate(axes)]
-    _buttons(figure, buttons)
+    add_buttons(figure, buttons)
 
 
-def _buttons(figure: go.Figure, buttons: Sequence[Mapping[str, object]]) -> None:
+def add_buttons(figure: go.Figure, buttons: Sequence[Mapping[str, object]]) -> None:
     """A row of buttons over the figure's right end, the first pressed."""
     height = figure.layout.height
     above = 1 + 46 / (height - figure.layout.margin.t - figure.layout.margin.b)
@@ -708,13 +708,13 @@ def _undefined_note(points: pl.DataFrame) -> str:
     return " ".join(notes)
 
 
-def _faded(colour: str, opacity: float) -> str:
+def faded(colour: str, opacity: float) -> str:
     """A colour such as #0072b2 as rgba."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{opacity})"
 
 
-def _legend_once(figure: go.Figure) -> None:
+def legend_once(figure: go.Figure) -> None:
     """One entry in the legend for each group, attribution's first: the lines are drawn in the opposite order."""
     seen: set[str] = set()
     for rank, trace in enumerate(figure.data):
@@ -724,24 +724,24 @@ def _legend_once(figure: go.Figure) -> None:
             seen.add(trace.legendgroup)
 
 
-def _style(figure: go.Figure, title: str, subtitle: str, height: int, *, notes: Sequence[str] = (), legend: bool = True) -> None:
+def style(figure: go.Figure, title: str, subtitle: str, height: int, *, notes: Sequence[str] = (), legend: bool = True) -> None:
     """What the figures of ablation share: fonts, a title over what is held fixed, the legend beside the data, notes under it."""
     said = [html.escape(note) for note in notes if note]
-    under = {"text": html.escape(subtitle), "font": {"size": 13.5, "color": _SOFT}}
+    under = {"text": html.escape(subtitle), "font": {"size": 13.5, "color": SOFT}}
     at_top = {"yref": "container", "y": 1 - 20 / height, "yanchor": "top", "x": 0, "xref": "paper", "xanchor": "left"}
     figure.update_layout(
-        template="plotly_white", height=height, font={"family": _FONT, "color": _INK, "size": 13.5}, hovermode="closest", showlegend=legend,
+        template="plotly_white", height=height, font={"family": _FONT, "color": INK, "size": 13.5}, hovermode="closest", showlegend=legend,
         title={"text": html.escape(title), "font": {"size": 19}, "subtitle": under, **at_top},
         margin={"l": 76, "r": 24, "t": 104, "b": 68 + 19 * len(said)},
         legend={"x": 1.015, "xanchor": "left", "y": 1, "yanchor": "top", "tracegroupgap": 2},
-        hoverlabel={"align": "left", "bgcolor": "white", "bordercolor": "#8c959f", "font": {"family": _FONT, "size": 13, "color": _INK}},
+        hoverlabel={"align": "left", "bgcolor": "white", "bordercolor": "#8c959f", "font": {"family": _FONT, "size": 13, "color": INK}},
     )  # fmt: skip
     figure.update_annotations(font_size=14.5)  # the panels' names; notes come after
-    figure.update_xaxes(gridcolor=_PALE, zeroline=False, showline=True, linecolor="#8c959f", ticks="outside", tickcolor="#8c959f", title_font_size=14)
-    figure.update_yaxes(gridcolor=_PALE, zeroline=False, showline=True, linecolor="#8c959f", title_font_size=14)
+    figure.update_xaxes(gridcolor=PALE, zeroline=False, showline=True, linecolor="#8c959f", ticks="outside", tickcolor="#8c959f", title_font_size=14)
+    figure.update_yaxes(gridcolor=PALE, zeroline=False, showline=True, linecolor="#8c959f", title_font_size=14)
     if said:
         place = {"xref": "paper", "yref": "paper", "x": 0, "xanchor": "left", "y": 0, "yshift": -60, "yanchor": "top"}
-        figure.add_annotation(text="<br>".join(said), showarrow=False, align="left", font={"size": 12.5, "color": _SOFT}, **place)
+        figure.add_annotation(text="<br>".join(said), showarrow=False, align="left", font={"size": 12.5, "color": SOFT}, **place)
 
 
 def removal_figure(table: pl.DataFrame, *, quantity: str = "accuracy", title: str = "", subtitle: str = "") -> go.Figure:
@@ -767,13 +767,13 @@ def removal_figure(table: pl.DataFrame, *, quantity: str = "accuracy", title: st
         hovertemplate=f"<b>%{{y}}</b>, removed: %{{x}}<br>{html.escape(quantity)} %{{customdata}}<extra></extra>",
     )  # fmt: skip
     figure = go.Figure(heat)
-    _style(figure, title, subtitle, 220 + 76 * len(tasks), legend=False)
+    style(figure, title, subtitle, 220 + 76 * len(tasks), legend=False)
     figure.update_xaxes(side="top", showgrid=False, showline=False, ticks="", title={"text": "removed", "standoff": 6}, tickangle=0)
     figure.update_yaxes(autorange="reversed", showgrid=False, showline=False, automargin=True)
     figure.update_layout(margin_t=160, margin_b=30, plot_bgcolor="white")
     missing = [(part, task) for task in tasks for part in removed if cells.get((task, part), [None])[0] is None]
     for part, task in missing:
-        figure.add_annotation(x=html.escape(part), y=html.escape(task), text="–", showarrow=False, font={"size": 15, "color": _SOFT})
+        figure.add_annotation(x=html.escape(part), y=html.escape(task), text="–", showarrow=False, font={"size": 15, "color": SOFT})
     return figure
 
 
@@ -814,8 +814,8 @@ def distribution_figure(sequences: pl.DataFrame, *, title: str = "", subtitle: s
             texts.append("<br>".join([*(f"<b>{html.escape(word)}</b>" for word in method.split()), *counts]))
         figure.update_xaxes(tickvals=names, ticktext=texts, tickangle=0, row=1, col=column)
     for level in (0.0, 1.0):
-        figure.add_hline(y=level, line={"color": _SOFT, "width": 1}, layer="below")
-    _style(figure, title, subtitle, 540, legend=False)
+        figure.add_hline(y=level, line={"color": SOFT, "width": 1}, layer="below")
+    style(figure, title, subtitle, 540, legend=False)
     figure.update_yaxes(range=[low, high])
     figure.update_yaxes(title_text="φ of a sequence", row=1, col=1)
     figure.update_layout(margin_b=116, violinmode="overlay")
@@ -835,7 +835,7 @@ def _violin(method: str, rows: pl.DataFrame, low: float, high: float) -> go.Viol
     text, marker = [html.escape(name) for name in known["sequence"]], {"color": pen.colour, "size": 4.5, "opacity": 0.6}
     return go.Violin(
         x=[method] * known.height, y=known["ratio"], name=method, text=text, points="all", pointpos=0, jitter=0.5, marker=marker, hoveron="points",
-        line={"color": pen.colour, "width": 1.4}, fillcolor=_faded(pen.colour, 0.13), box_visible=True, meanline_visible=True, spanmode="manual",
+        line={"color": pen.colour, "width": 1.4}, fillcolor=faded(pen.colour, 0.13), box_visible=True, meanline_visible=True, spanmode="manual",
         span=span, bandwidth=bandwidth, box_width=0.16, width=0.85, hovertemplate="%{text}<br>φ %{y:.3f}<extra></extra>",
     )  # fmt: skip
 
@@ -866,16 +866,16 @@ def effects_figure(effects: pl.DataFrame, *, title: str = "", subtitle: str = ""
     )  # fmt: skip
     size = pl.max_horizontal(pl.col("estimated").abs(), pl.col("measured").abs())
     largest = float(known.select(size.max()).item() or 1.0) if known.height else 1.0
-    scale = _SymmetricLog(largest / 1000, largest)
+    scale = SymmetricLog(largest / 1000, largest)
     shown = [rows.sort(size, descending=True).head(_DRAWN_EDGES) for rows in panels]
     for column, (context, rows) in enumerate(zip(contexts, shown), 1):
         figure.add_trace(_edge_dots(context, rows, scale), row=1, col=column)
     ends = [scale.place(np.array([side])).item() for side in (-1.1 * largest, 1.1 * largest)]
-    equal = {"type": "line", "x0": ends[0], "x1": ends[1], "y0": ends[0], "y1": ends[1], "line": {"color": _SOFT, "width": 1, "dash": "dash"}}
+    equal = {"type": "line", "x0": ends[0], "x1": ends[1], "y0": ends[0], "y1": ends[1], "line": {"color": SOFT, "width": 1, "dash": "dash"}}
     figure.add_shape(**equal, layer="below", row="all", col="all")
     counts = [(context, rows.height, every.height) for context, rows, every in zip(contexts, shown, panels)]
     cut = [f"{context}: {n:,} of {n_edges:,} edges drawn." for context, n, n_edges in counts if n < n_edges]
-    _style(figure, title, subtitle, 620, legend=False, notes=[" ".join(cut)])
+    style(figure, title, subtitle, 620, legend=False, notes=[" ".join(cut)])
     figure.update_xaxes(title_text="estimated: the edge's attribution")
     figure.update_yaxes(title_text="measured: what cutting it alone costs", row=1, col=1)
     _scale_buttons(figure, scale, shown, ends)
@@ -883,7 +883,7 @@ def effects_figure(effects: pl.DataFrame, *, title: str = "", subtitle: str = ""
 
 
 @dataclass(frozen=True)
-class _SymmetricLog:
+class SymmetricLog:
     """asinh(x / 2s): linear below s, logarithmic above, odd."""
 
     scale: float
@@ -905,7 +905,7 @@ def _correlation_text(rows: pl.DataFrame) -> str:
     return f"{rows.height:,} edges, rank correlation {'undefined' if rank is None or np.isnan(rank) else f'{rank:.2f}'}"
 
 
-def _edge_dots(context: str, rows: pl.DataFrame, scale: _SymmetricLog) -> go.Scatter:
+def _edge_dots(context: str, rows: pl.DataFrame, scale: SymmetricLog) -> go.Scatter:
     """One dot an edge, each named."""
     text = [
         f"{_name(None, source)} → {_name(None, target)}<br>estimated {estimated:+.4g}, measured {measured:+.4g}"
@@ -916,7 +916,7 @@ def _edge_dots(context: str, rows: pl.DataFrame, scale: _SymmetricLog) -> go.Sca
     return go.Scatter(x=x, y=y, mode="markers", marker=marker, text=text, hoverinfo="text", name=context)
 
 
-def _scale_buttons(figure: go.Figure, scale: _SymmetricLog, shown: Sequence[pl.DataFrame], ends: Sequence[float]) -> None:
+def _scale_buttons(figure: go.Figure, scale: SymmetricLog, shown: Sequence[pl.DataFrame], ends: Sequence[float]) -> None:
     """Buttons between the symmetric logarithm, which is shown, and plain axes; the line of equality follows."""
     axes = [f"{letter}axis{'' if i == 0 else i + 1}" for i in range(len(shown)) for letter in "xy"]
     padded, plain = 1.1 * scale.largest, {"tickmode": "auto"}
@@ -931,7 +931,7 @@ def _scale_buttons(figure: go.Figure, scale: _SymmetricLog, shown: Sequence[pl.D
         buttons.append({"label": label, "method": "update", "args": [data, layout]})
         if label == "logarithmic":
             figure.update_layout({key.replace(".", "_"): value for key, value in layout.items() if not key.startswith("shapes")})
-    _buttons(figure, buttons)
+    add_buttons(figure, buttons)
 
 
 def matched_figure(table: pl.DataFrame, *, title: str = "") -> go.Figure:
@@ -963,12 +963,12 @@ def matched_figure(table: pl.DataFrame, *, title: str = "") -> go.Figure:
             bars = {"type": "data", "symmetric": False, "array": data["error_y.array"][0][-1], "arrayminus": data["error_y.arrayminus"][0][-1]}
             line = go.Scatter(
                 x=data["x"][0][-1], y=data["y"][0][-1], error_y=bars | {"thickness": 1.2, "width": 3}, name=html.escape(method), legendgroup=method,
-                customdata=data["customdata"][0][-1], hovertemplate="<br>".join(hover), **_pen_marks(pen),
+                customdata=data["customdata"][0][-1], hovertemplate="<br>".join(hover), **pen_marks(pen),
             )  # fmt: skip
             figure.add_trace(line, row=1, col=column)
-    figure.add_hline(y=0, line={"color": _INK, "width": 1.2}, layer="below")
-    _legend_once(figure)
-    _style(figure, title, subtitle, 460)
+    figure.add_hline(y=0, line={"color": INK, "width": 1.2}, layer="below")
+    legend_once(figure)
+    style(figure, title, subtitle, 460)
     figure.update_yaxes(title_text="difference of φ", row=1, col=1)
     panels = list(range(1, len(ablations) + 1))
     zeros = [bool((known.filter(pl.col("on") == axis.column)["at"] == 0).any()) for axis in axes]
@@ -999,7 +999,7 @@ def areas_figure(areas: pl.DataFrame, *, title: str = "", subtitle: str = "") ->
         least = min(0.0, rows.select(pl.min_horizontal("value", "low").min()).item() or 0.0)
         figure.update_xaxes(range=[1.08 * least, reach + 0.42 * (reach - least)], row=1, col=column)
     figure.update_yaxes(tickvals=list(range(len(lines))), ticktext=[f"{html.escape(method)}, {ablation}" for method, ablation in lines])
-    _style(figure, title, subtitle, 170 + 34 * len(lines), legend=False)
+    style(figure, title, subtitle, 170 + 34 * len(lines), legend=False)
     figure.update_yaxes(showgrid=False, automargin=True, range=[-0.6, len(lines) - 0.4])
     figure.update_layout(bargap=0.25, margin_b=50)
     return figure
@@ -1010,7 +1010,7 @@ def _area_bars(rows: pl.DataFrame) -> list[go.Bar | go.Scatter]:
     rows = rows.filter(pl.col("value").is_not_null())
     up, down = (rows["high"] - rows["value"]).fill_null(0.0), (rows["value"] - rows["low"]).fill_null(0.0)
     pattern = {"shape": ["/" if ablation == "node" else "" for ablation in rows["ablation"]], "fgcolor": "white", "size": 7, "solidity": 0.35}
-    error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": _INK, "thickness": 1.4, "width": 4}
+    error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "color": INK, "thickness": 1.4, "width": 4}
     hover = "%{customdata[0]}, %{customdata[1]} ablation<br>%{customdata[2]:.3f}, 95 %: %{customdata[3]:.3f} … %{customdata[4]:.3f}<extra></extra>"
     bars = go.Bar(
         x=rows["value"], y=rows["line"], orientation="h", marker={"color": [_pen(method).colour for method in rows["method"]], "pattern": pattern},
@@ -1048,10 +1048,10 @@ def improvement_figure(table: pl.DataFrame, gains: pl.DataFrame | None = None, *
                 figure.add_trace(trace, row=1, col=column)
                 drawn.append(xs)
     for level in (0.0, 1.0):
-        figure.add_hline(y=level, line={"color": _SOFT, "width": 1}, layer="below")
-    _legend_once(figure)
+        figure.add_hline(y=level, line={"color": SOFT, "width": 1}, layer="below")
+    legend_once(figure)
     shaded = "Shaded: what lies between a line and attribution's; on a linear axis its area is the gain in CPR." if len(_methods(points)) > 1 else ""
-    _style(figure, title, subtitle, 500, notes=[shaded, _undefined_note(points)])
+    style(figure, title, subtitle, 500, notes=[shaded, _undefined_note(points)])
     figure.update_yaxes(range=_phi_range(points))
     figure.update_yaxes(title_text=PARTS["circuit"], row=1, col=1)
     panels = list(range(1, len(ablations) + 1))
@@ -1077,13 +1077,13 @@ def _improved(
     known, base = (frame.drop_nulls(["value", "share"]) for frame in (rows, own))
     if method != ATTRIBUTION and known.height and base.height:
         xs = [axis.place(pl.concat([known["share"], base["share"].reverse()])) for axis in axes]
-        fill = {"mode": "lines", "fill": "toself", "fillcolor": _faded(pen.colour, 0.16), "line": {"width": 0}, "hoverinfo": "skip"}
+        fill = {"mode": "lines", "fill": "toself", "fillcolor": faded(pen.colour, 0.16), "line": {"width": 0}, "hoverinfo": "skip"}
         ys = [*known["value"], *base["value"].reverse()]
         traces.append((go.Scatter(x=xs[0], y=ys, **fill, showlegend=False, legendgroup=method, name=f"{method} gain"), xs))
     hover, data = _hover_lines(rows, [axes[-1]])
     name = html.escape(method) + gain
     placed = [axis.place(rows["share"]) for axis in axes]
-    line = go.Scatter(x=placed[0], y=rows["value"].to_list(), name=name, legendgroup=method, customdata=data, hovertemplate=hover, **_pen_marks(pen))
+    line = go.Scatter(x=placed[0], y=rows["value"].to_list(), name=name, legendgroup=method, customdata=data, hovertemplate=hover, **pen_marks(pen))
     return [*traces, (line, placed)]
 
 
