@@ -264,10 +264,14 @@ class RegionVerdict:
 
     @cached_property
     def sizes(self) -> pl.DataFrame:
-        """`kept` as `faithfulness.SIZES`: nodes are live features, edges those between units."""
-        nothing = {"average_degree": pl.Float64, "density": pl.Float64, "threshold": pl.Float64, "circuit": pl.String}
-        named = self.kept.rename({"n_features": "n_nodes"}).with_columns(pl.lit(None, dtype=dtype).alias(name) for name, dtype in nothing.items())
-        return named.select("method", "ablation", "size", "draw", "n_nodes", "n_edges", *nothing)
+        """`kept` as `faithfulness.SIZES`: nodes are live features; edges, degree and density those of the graph of units."""
+        n, m = pl.col("n_units").cast(pl.Float64), pl.col("n_edges")
+        return self.kept.select(
+            "method", "ablation", "size", "draw", pl.col("n_features").alias("n_nodes"), "n_edges",
+            pl.when(n > 0).then(2 * m / n).otherwise(0.0).alias("average_degree"),
+            pl.when(n > 1).then(2 * m / (n * (n - 1))).otherwise(0.0).alias("density"),
+            pl.lit(None, dtype=pl.Float64).alias("threshold"), pl.lit(None, dtype=pl.String).alias("circuit"),
+        )  # fmt: skip
 
     @cached_property
     def table(self) -> pl.DataFrame:
