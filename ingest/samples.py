@@ -219,14 +219,14 @@ def plan_samples(
     arguments: dict[str, object] = {"skip_positions": source.first_position, "dtype": str(model.dtype).removeprefix("torch.")}
     if settings is not None:
         arguments |= attribution_arguments(settings, donor_seed=source.donor_seed, statistics_run=statistics_run)
-    named = {site.name: dictionaries[site].id for site in sites}
+    ids = {site.name: dictionaries[site].id for site in sites}
     widths = [[site.name, dictionaries[site].d_sae] for site in sites]
-    identity = {"model": model.key, "dictionaries": named, "widths": widths, "texts": source.hash, "basis": basis, "arguments": arguments}
+    identity = {"model": model.key, "dictionaries": ids, "widths": widths, "texts": source.hash, "basis": basis, "arguments": arguments}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
     described = {**arguments, "max_tokens": options.max_tokens, "seed": options.seed, "n_available": source.n_available, "texts": source.hash}
     if named is not None:
         described["named"] = dict(named)
-    return SampleRun(key, model.key, basis, source.name, named, source.n_sequences, source.n_tokens, described, source.sequences)
+    return SampleRun(key, model.key, basis, source.name, ids, source.n_sequences, source.n_tokens, described, source.sequences)
 
 
 def collect_samples(
