@@ -127,7 +127,7 @@ def _show_selectivity(verdict: RegionVerdict) -> None:
         for r in table.iter_rows(named=True)
     ]  # fmt: skip
     console.table(("partition", "blocks cut", "selectivity", "mean loss of their task", "selectivity − regions'"), rows)
-    console.say("a block's task is decided on one half of the sequences and judged on the other")
+    console.say("a block's task is decided on one half of the sequences and judged on the other; – where what blocks break is not told from noise")
 
 
 def _show_drives(verdict: RegionVerdict, names: dict[str, str], n: int) -> None:

@@ -12,6 +12,7 @@ own, and are ranked, kept and cut like the others.
 4. `selectivity`: how much of what a block breaks is one task's alone, beside random blocks of the same sizes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from ..errors import UserError
 from ..model.sites import OUTPUT
 from ..model.tasks import Pair
 from ..model.units import UnitEdges, Units
-from .faithfulness import DEFAULT_BOOTSTRAP, HELD_OUT, VALUES, Averaging, Bootstrap, checked, faithfulness
+from .faithfulness import DEFAULT_BOOTSTRAP, EPSILON, HELD_OUT, VALUES, Averaging, Bootstrap, checked, faithfulness
 from .study import Study, Trial, measure
 
 FloatArray = NDArray[np.float64]
@@ -154,17 +155,19 @@ class Kept:
 def keeping(contestant: Contestant, shares: Sequence[float] = SHARES, *, per_member: bool = False) -> list[Kept]:
     """Only the strongest units alive, each time until they hold a share of the live features; at share 1 every unit that has any attribution.
 
-    Units without live features (error nodes) come as their attribution ranks them. The trial's size is the share's number of features, so that
-    partitions are compared at equal sizes as near as whole units allow. Raises `NothingToTest` where nothing has any attribution.
+    Units without live features (error nodes) come as their attribution ranks them. The trial's size is the share's number of features, rounded up,
+    so that partitions are compared at equal sizes as near as whole units allow; of shares with the same number the greatest counts. Raises
+    `NothingToTest` where nothing has any attribution.
     """
     order = contestant.ranking(per_member=per_member)
     if not len(order):
         raise NothingToTest(f"no unit of {contestant.method} has any attribution: the metric does not depend on these sites")
     held, total = np.cumsum(contestant.live[order]), int(contestant.live.sum())
+    sizes = {math.ceil(share * total - 1e-9): share for share in sorted(shares)}
     found = []
-    for share in shares:
-        k = len(order) if share >= 1 else min(int(np.searchsorted(held, share * total - 1e-9)) + 1, len(held))
-        trial = Trial(contestant.method, round(share * total), contestant.units.nodes(order[:k].tolist()), contestant.draw)
+    for size, share in sizes.items():
+        k = len(order) if share >= 1 else min(int(np.searchsorted(held, size)) + 1, len(held))
+        trial = Trial(contestant.method, size, contestant.units.nodes(order[:k].tolist()), contestant.draw)
         found.append(Kept(trial, share, k, int(held[k - 1])))
     return found
 
@@ -215,8 +218,9 @@ def _pruned(units: Units, source: IntArray, target: IntArray) -> UnitCircuit:
 
 
 def cutting_circuits(contestant: Contestant, circuits: Sequence[UnitCircuit]) -> list[Kept]:
-    """Circuits of units under edge ablation; a trial's size is the number of edges before pruning."""
-    n = max(circuit.size for circuit in circuits)
+    """Circuits of units under edge ablation; a trial's size is the number of edges before pruning, its share that of all edges with an effect."""
+    assert contestant.drives is not None
+    n = len(contestant.drives.edges[0])
     return [
         Kept(
             Trial(contestant.method, circuit.size, circuit.edges, contestant.draw), circuit.size / n, len(circuit.units),
@@ -251,11 +255,19 @@ def drive_removals(contestant: Contestant, n: int) -> list[Trial]:
     ]
 
 
+DRIVE_EFFECTS = {
+    "source": pl.String(), "target": pl.String(), "weight": pl.Float64(), "strength": pl.Float64(), "per_member": pl.Float64(),
+    "effect": pl.Float64(), "low": pl.Float64(), "high": pl.Float64(), "n": pl.Int64(),
+}  # fmt: skip
+"""What `drive_table` returns. source, target: names of units; weight: mean signed attribution, summed over member edges; strength: mean magnitude;
+per_member: weight over the number of member pairs; effect: m(M) − m(M without the edge)."""
+
+
 def drive_table(contestant: Contestant, values: pl.DataFrame, *, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> pl.DataFrame:
-    """The edges that were cut one at a time, by rank: `source`, `target` (names), `weight` (mean signed attribution, summed over member edges),
-    `strength` (mean magnitude), `per_member` (weight over the number of member pairs), `effect` = m(M) − m(M without it) with `low`, `high`, `n`."""
+    """The edges that were cut one at a time, by rank, as `DRIVE_EFFECTS`; empty where none was."""
     drives, names = contestant.drives, contestant.units.names
-    assert drives is not None
+    if drives is None or values.is_empty():
+        return pl.DataFrame(schema=DRIVE_EFFECTS)
     source, target = drives.edges
     # The mean of what is lost is the ratio of means to 1.
     lost = values.with_columns((pl.col("full") - pl.col("value")).alias("value"), full=pl.lit(1.0), empty=pl.lit(0.0))
@@ -266,7 +278,8 @@ def drive_table(contestant: Contestant, values: pl.DataFrame, *, bootstrap: Boot
         {
             "source": [names[i] for i in s], "target": [names[i] for i in t], "weight": drives.mean[s, t], "strength": drives.strength[s, t],
             "per_member": drives.per_member[s, t], "effect": effects["value"], "low": effects["low"], "high": effects["high"], "n": effects["n"],
-        }
+        },
+        schema=DRIVE_EFFECTS,
     )  # fmt: skip
 
 
@@ -295,16 +308,18 @@ SELECTIVITY = {
     "impact_low": pl.Float64(), "impact_high": pl.Float64(), "difference": pl.Float64(), "difference_low": pl.Float64(),
     "difference_high": pl.Float64(),
 }  # fmt: skip
-"""What `selectivity` returns: a row per method, means over draws. difference: value minus that of the reference method, resampled together."""
+"""What `selectivity` returns: a row per method, draws pooled. difference: value minus that of the reference method, resampled together. Null where
+undefined."""
 
 
 def selectivity(values: pl.DataFrame, *, reference: str = REGIONS, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> pl.DataFrame:
     """How much of what blocks break is one task's alone, for each method, as `SELECTIVITY`.
 
-    With L(b, t) the share of task t's effect that is lost without block b, a block's selectivity is L of its task minus the mean of |L| of the
-    others; a method's is the sum over its blocks, over the sum of |L| of their tasks and others: 1 where each block breaks one task only, 0 where
-    all alike. Which task is a block's is decided on one half of the sequences and measured on the other, both ways round, so that the greatest
-    of several noisy numbers is not taken for an effect. `impact` is the mean over blocks of the greatest |L|, decided in the same way.
+    With L(b, t) the share of task t's effect that is lost without block b, a(b) = |L| of the block's task and o(b) the mean of |L| of the others,
+    a method's selectivity is Σ (a − o) / Σ (a + o) over its blocks: 1 where each block breaks one task only, 0 where all alike. Which task is a
+    block's, and the signs by which L becomes |L|, are decided on one half of the sequences and measured on the other, both ways round, so that the
+    greatest of several noisy numbers, or the size of noise, is not taken for an effect. Where the interval of the denominator reaches 0, blocks
+    break nothing that is told from noise, and the selectivity is undefined. `impact` is the mean of a, decided in the same way.
     The bootstrap resamples sequences within tasks. Raises `NothingToTest` for one task alone.
     """
     frame = checked(values)
@@ -314,20 +329,38 @@ def selectivity(values: pl.DataFrame, *, reference: str = REGIONS, bootstrap: Bo
     cubes = {key: _cube(rows, tasks) for key, rows in _by_partition(frame)}
     sizes = [lost.shape[1] for lost, _ in next(iter(cubes.values()))]
     counts = [replace(bootstrap, seed=bootstrap.seed + i).counts(n) for i, n in enumerate(sizes)]  # tasks are resampled apart
-    scores: dict[str, list[tuple[FloatArray, FloatArray, int]]] = {}
+    pooled: dict[str, list[_Losses]] = {}
     for (method, _), cube in cubes.items():
-        value, impact = _selectivities(cube, counts)
-        scores.setdefault(method, []).append((value, impact, len(cube[0][0])))
-    means = {method: (np.mean([v for v, _, _ in own], axis=0), np.mean([i for _, i, _ in own], axis=0)) for method, own in scores.items()}
-    if reference not in means:
-        raise NothingToTest(f"no values of the reference {reference!r}: there are {', '.join(means)}")
+        pooled.setdefault(method, []).append(_losses(cube, counts))
+    if reference not in pooled:
+        raise NothingToTest(f"no values of the reference {reference!r}: there are {', '.join(pooled)}")
+    value = {method: _ratio(own, bootstrap) for method, own in pooled.items()}
     rows = []
-    for method, (value, impact) in means.items():
-        difference = value - means[reference][0]
-        columns = np.stack([value, impact, difference], axis=1)
+    for method, own in pooled.items():
+        impact = np.mean([one.own for one in own], axis=0) / own[0].n_blocks
+        columns = np.stack([value[method], impact, value[method] - value[reference]], axis=1)
         low, high = bootstrap.interval(columns[1:])
-        rows.append((method, scores[method][0][2], value[0], low[0], high[0], impact[0], low[1], high[1], difference[0], low[2], high[2]))
-    return pl.DataFrame(rows, schema=SELECTIVITY, orient="row").sort(pl.col("method") != reference, "method")
+        rows.append((method, own[0].n_blocks, *(x for i in range(3) for x in (columns[0, i], low[i], high[i]))))
+    table = pl.DataFrame(rows, schema=SELECTIVITY, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
+    return table.sort(pl.col("method") != reference, "method")
+
+
+@dataclass(frozen=True, eq=False)
+class _Losses:
+    """A partition's Σ a(b) and Σ o(b), the mean of both ways round, in the sample and in each resample: (resamples + 1,) each."""
+
+    own: FloatArray
+    others: FloatArray
+    n_blocks: int
+
+
+def _ratio(draws: Sequence[_Losses], bootstrap: Bootstrap) -> FloatArray:
+    """Selectivity of a method's draws together, (resamples + 1,): at most 1, NaN where the denominator is not told from 0."""
+    own, others = (np.sum([getattr(one, name) for one in draws], axis=0) for name in ("own", "others"))
+    low, _ = bootstrap.interval((own + others)[1:, None])
+    defined = (own + others > EPSILON) & (low[0] > EPSILON) & (own[0] + others[0] > EPSILON)
+    found = np.divide(own - others, own + others, out=np.full(own.shape, np.nan), where=defined)
+    return np.clip(found, -1, 1)  # where others are about 0, noise gives either sign
 
 
 def _by_partition(frame: pl.DataFrame) -> Iterator[tuple[tuple[str, int], pl.DataFrame]]:
@@ -348,25 +381,23 @@ def _cube(rows: pl.DataFrame, tasks: Sequence[str]) -> list[tuple[FloatArray, Fl
     return found
 
 
-def _selectivities(cube: Sequence[tuple[FloatArray, FloatArray]], counts: Sequence[FloatArray]) -> tuple[FloatArray, FloatArray]:
-    """(selectivity, impact) of a partition under every row of resampled counts, each (resamples + 1,)."""
+def _losses(cube: Sequence[tuple[FloatArray, FloatArray]], counts: Sequence[FloatArray]) -> _Losses:
+    """What the blocks of a partition lose under every row of resampled counts."""
     halves = []
     for parity in (0, 1):
         shares = []
         for (lost, whole), weight in zip(cube, counts, strict=True):
-            own = weight * (np.arange(len(whole)) % 2 == parity)  # (resamples + 1, sequences)
-            total = own @ whole
-            shares.append(own @ lost.T / np.where(np.abs(total) < 1e-9, np.nan, total)[:, None])  # (resamples + 1, blocks)
+            part = weight * (np.arange(len(whole)) % 2 == parity)  # (resamples + 1, sequences)
+            total = part @ whole
+            shares.append(part @ lost.T / np.where(np.abs(total) < EPSILON, np.nan, total)[:, None])  # (resamples + 1, blocks)
         halves.append(np.nan_to_num(np.stack(shares, axis=-1)))  # (resamples + 1, blocks, tasks)
-    value, impact = [], []
+    own, others = [], []
     for decide, judge in (halves, halves[::-1]):
-        task = np.abs(decide).argmax(axis=-1)[..., None]
-        chosen = np.take_along_axis(judge * np.sign(np.take_along_axis(decide, task, -1)), task, -1)[..., 0]
-        others = (np.abs(judge).sum(-1) - np.abs(np.take_along_axis(judge, task, -1)[..., 0])) / (judge.shape[-1] - 1)
-        scale = (np.abs(chosen) + others).sum(-1)
-        value.append((chosen - others).sum(-1) / np.where(scale == 0, 1.0, scale))
-        impact.append(chosen.mean(-1))
-    return np.mean(value, axis=0), np.mean(impact, axis=0)
+        signed, task = judge * np.sign(decide), np.abs(decide).argmax(axis=-1)[..., None]
+        of_task = np.take_along_axis(signed, task, -1)[..., 0]  # (resamples + 1, blocks)
+        own.append(of_task.sum(-1))
+        others.append((signed.sum(-1) - of_task).sum(-1) / (judge.shape[-1] - 1))
+    return _Losses(np.mean(own, axis=0), np.mean(others, axis=0), halves[0].shape[1])
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -401,4 +432,3 @@ def run_removals(
     own = [name for name in VALUES if name not in ("value", "full", "empty", "draw")]
     averaged = values.group_by(*own, pl.col("draw") // len(study.seeds), maintain_order=True).agg(pl.col("value", "full", "empty").mean())
     return averaged.select(list(VALUES))
-
