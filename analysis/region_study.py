@@ -319,7 +319,8 @@ def selectivity(values: pl.DataFrame, *, reference: str = REGIONS, bootstrap: Bo
     a method's selectivity is Σ (a − o) / Σ (a + o) over its blocks: 1 where each block breaks one task only, 0 where all alike. Which task is a
     block's, and the signs by which L becomes |L|, are decided on one half of the sequences and measured on the other, both ways round, so that the
     greatest of several noisy numbers, or the size of noise, is not taken for an effect. Where the interval of the denominator reaches 0, blocks
-    break nothing that is told from noise, and the selectivity is undefined. `impact` is the mean of a, decided in the same way.
+    break nothing that is told from noise, and the selectivity is undefined; effects on other tasks that are no greater than noise count too low.
+    `impact` is the mean of a, decided in the same way.
     The bootstrap resamples sequences within tasks. Raises `NothingToTest` for one task alone.
     """
     frame = checked(values)
