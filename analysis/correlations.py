@@ -3,7 +3,8 @@
 Samples are sparse: of 2,048 features a token has 32. A feature that is silent has the value 0 and counts as such.
 
 1. `live_features`: those that were seen often enough, in enough different texts, in both halves of the samples.
-2. `halves`: two halves by whole sequences, the two prompts of a pair kept together: tokens of one text depend on each other.
+2. `halves`: two halves by whole sequences, the two prompts of a pair, and pairs that share a prompt, kept together: tokens of one text depend on
+   each other.
 3. `correlation`: features × features in float64, from the products XᵀX: sparse where the samples are, a block of features at a time.
    What is correlated is a choice (`Correlation`): the values, their logarithms with or without sign, or their ranks. All leave 0 where it is,
    so that sparse samples stay sparse.

@@ -29,6 +29,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from scipy import sparse  # type: ignore[import-untyped]
+from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 
 from ..errors import FeatlasError, UserError
 
@@ -78,7 +79,7 @@ class SiteSamples:
 
     values: (n_tokens, d_sae) float32, activations or signed attributions: a `scipy.sparse.csr_matrix`, or a numpy array where more than `DENSEST` of
     the entries are not 0. sequence, position: (n_tokens,), where each row lies. group: (n_tokens,), what must stay together when samples are
-    split (the prompts of a pair); the sequence unless given.
+    split (the prompts of a pair, and pairs that share a prompt); the sequence unless given.
     """
 
     site: str
@@ -192,8 +193,7 @@ class SampleStore:
         """A site of a run, by the run's whole key. Raises `NoSamples`."""
         record = self._known(run)
         of_site, tokens = record.site(site), self.tokens(run)
-        # sequences of one key belong together
-        group = record.sequences.select(pl.col("key").rank("dense").cast(pl.Int64) - 1)["key"].to_numpy()
+        group = _groups(record.sequences)
         sequence = tokens["sequence"].to_numpy().astype(np.int64)
         with np.load(self.folder / run / f"{site}.npz", allow_pickle=False) as file:
             if of_site.dense:
@@ -369,6 +369,17 @@ class _SiteFiles:
             own = indptr[start : start + CHUNK_ROWS + 1]
             entries = slice(own[0], own[-1])
             yield sparse.csr_matrix((values[entries], columns[entries], own - own[0]), shape=(len(own) - 1, self.d_sae)).toarray().tobytes()
+
+
+def _groups(sequences: pl.DataFrame) -> IntArray:
+    """What each sequence must stay with when samples are split, (n_sequences,): those of one key, and, from pair to pair, those of one text."""
+    n = sequences.height
+    key = sequences["key"].rank("dense").cast(pl.Int64).to_numpy() - 1
+    text = sequences["text"].rank("dense").cast(pl.Int64)
+    known = text.is_not_null().to_numpy()
+    keys, texts = key[known], text.drop_nulls().to_numpy() - 1 + n
+    joined = sparse.coo_array((np.ones(len(keys), dtype=bool), (keys, texts)), shape=(2 * n, 2 * n))
+    return np.unique(connected_components(joined, directed=False)[1][key], return_inverse=True)[1].astype(np.int64)
 
 
 def _array(file: zipfile.ZipFile, name: str, dtype: Any, shape: tuple[int, ...], pieces: Iterable[bytes]) -> None:

@@ -155,6 +155,21 @@ def test_the_prompts_of_a_task_have_classes_and_keep_together(model, dictionarie
     assert " ".join(rows) == run.sequences["text"][int(text_of)]
 
 
+def test_pairs_that_share_a_prompt_are_never_in_two_halves(model, dictionaries, tmp_path) -> None:
+    texts = [("w1 w2", "w3 w2"), ("w3 w2", "w5 w2"), ("w6 w2", "w7 w2"), ("w8 w2", "w9 w2"), ("w9 w2", "w8 w2")]
+    given = [Pair(clean, corrupt, " w20", " w30", "tiny") for clean, corrupt in texts]
+    run = collect_samples(SampleStore(tmp_path), model, dictionaries, task_source("shared", given, model.tokenizer, OPTIONS), OPTIONS)
+    samples = SampleStore(tmp_path, read_only=True).read(run.key, "resid_1")
+    text = np.array(run.sequences["text"].to_list())[samples.sequence]
+    group = {part: set(samples.group[text == part].tolist()) for pair in texts for part in pair}
+    assert group["w1 w2"] == group["w3 w2"] == group["w5 w2"] != group["w6 w2"] == group["w7 w2"]
+    assert group["w8 w2"] == group["w9 w2"]
+    assert len(set().union(*group.values())) == 3
+    for seed in range(8):
+        first, second = halves(samples, seed)
+        assert not set(text[first]) & set(text[second])
+
+
 @pytest.mark.parametrize("baseline", [Baseline.COUNTERFACTUAL, Baseline.MEAN, Baseline.RESAMPLE])
 def test_attributions_are_those_of_the_engine(whole, folder, model, dictionaries, tmp_path, baseline) -> None:
     settings = EdgeSettings(baseline=baseline, steps=3)
@@ -247,6 +262,15 @@ def test_the_key_depends_on_what_determines_the_samples(model, dictionaries, sou
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
     assert key(dict(reversed(dictionaries.items())), source) == keys[0]
+
+
+def test_what_model_and_dictionaries_were_called_is_kept_and_is_no_part_of_the_key(model, dictionaries, source) -> None:
+    plain = plan_samples(model, dictionaries, source, OPTIONS)
+    named = plan_samples(model, dictionaries, source, OPTIONS, named={"model": "here/model", "dictionaries": "here/dictionaries"})
+    assert named.key == plain.key
+    assert named.settings["named"] == {"model": "here/model", "dictionaries": "here/dictionaries"}
+    assert "named" not in plain.settings
+    assert plain.dictionaries == named.dictionaries == {site.name: dictionaries[site].id for site in (MLP, ATTN, RESID)}
 
 
 def test_an_interrupted_run_leaves_nothing(whole, model, dictionaries, source, tmp_path, monkeypatch) -> None:
