@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..model.ablation import DEFAULT_MEMORY, AblationBatch, CleanBatch, Errors, ablate_edges, ablate_nodes, clean_run
 from ..model.baselines import Baseline, BaselineChoice, NodeMoments, baseline_nodes
 from ..model.beginning import with_beginning
-from ..model.binding import Binding, bind
+from ..model.binding import Binding, Network, bind
 from ..model.dictionaries import Dictionary
 from ..model.dictionary_sources import load_dictionaries
 from ..model.loading import LoadedModel, load_model
@@ -115,7 +115,7 @@ class Study:
 
     run: RunRow
     model: LoadedModel
-    binding: Binding
+    binding: Network
     dictionaries: Mapping[Site, Dictionary]
     graph: SiteGraph
     target: Target

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..model.binding import Binding, LocalFunction
+from ..model.binding import LocalFunction, Network
 from ..model.sites import SiteKind
 from ..model.tail import Tail
 
@@ -23,24 +23,24 @@ def position_width(length: int) -> int:
     return max(1, -(-length // LENGTHS))
 
 
-def hidden_width(binding: Binding) -> int:
+def hidden_width(binding: Network) -> int:
     """Width of the MLP's inner layer."""
-    config = binding.module.config
+    config = getattr(binding.module, "config", None)  # a language model has one
     return int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * binding.d_model)
 
 
-def block_bytes(binding: Binding) -> int:
+def block_bytes(binding: Network) -> int:
     """Bytes that one position of one sequence leaves behind in a block's forward pass, for its backward pass."""
     return (14 * binding.d_model + 5 * hidden_width(binding)) * binding.dtype.itemsize
 
 
-def tail_row_bytes(binding: Binding, tail: Tail, start: int) -> int:
+def tail_row_bytes(binding: Network, tail: Tail, start: int) -> int:
     """Bytes of one run of a tail from position `start` on, with gradients."""
     keys = 2 * binding.d_heads * tail.length * binding.dtype.itemsize  # the clean prefix' keys and values, copied for each run
     return tail.n_layers * ((tail.length - start) * block_bytes(binding) + keys)
 
 
-def vjp_row_bytes(binding: Binding, function: LocalFunction, length: int) -> int:
+def vjp_row_bytes(binding: Network, function: LocalFunction, length: int) -> int:
     """Bytes that one position of one row takes in a backward pass through a local function over `length` positions."""
     if function.mixes_positions:
         return (8 * binding.d_model + 4 * hidden_width(binding) + 2 * binding.n_heads * length) * binding.dtype.itemsize
@@ -49,7 +49,7 @@ def vjp_row_bytes(binding: Binding, function: LocalFunction, length: int) -> int
     return 8 * binding.d_model * binding.dtype.itemsize
 
 
-def forward_bytes(binding: Binding, function: LocalFunction, length: int) -> int:
+def forward_bytes(binding: Network, function: LocalFunction, length: int) -> int:
     """Bytes that one position leaves behind in a forward pass through a local function over `length` positions."""
     if function.mixes_positions:
         return blocks_of(function) * (block_bytes(binding) + 3 * binding.n_heads * length * binding.dtype.itemsize)
@@ -62,13 +62,12 @@ def blocks_of(function: LocalFunction) -> int:
     return max(1, function.target.layer - lowest)
 
 
-def block_flops(binding: Binding) -> float:
+def block_flops(binding: Network) -> float:
     """Floating-point operations of one position's way through a block, forward: two per weight."""
-    weights = sum(parameter.numel() for parameter in binding.blocks[0].module.parameters() if parameter.ndim == 2)
-    return 2.0 * weights
+    return 2.0 * sum(parameter.numel() for parameter in binding.layers[0].parameters() if parameter.ndim == 2)
 
 
-def sequence_bytes(binding: Binding, widths: Sequence[int], steps: int, length: int, *, dense: bool = False) -> int:
+def sequence_bytes(binding: Network, widths: Sequence[int], steps: int, length: int, *, dense: bool = False) -> int:
     """Bytes that one sequence of a batch takes from beginning to end; `widths` are the dictionaries' numbers of features.
 
     The most of it is the graph of the clean run's backward pass, unless the baseline is `dense`: then every feature of every site changes.

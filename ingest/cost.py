@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.binding import Binding, LocalFunction
+from ..model.binding import LocalFunction, Network
 from ..model.products import fast_products
 from .budget import block_flops, blocks_of, position_width
 from .preparation import Prepared
@@ -82,7 +82,7 @@ def _speed(prepared: Prepared) -> tuple[float, float]:
         return flops / _fastest(binding, tokens), _fastest(binding, tokens[:1, :1]) / binding.n_layers
 
 
-def _fastest(binding: Binding, tokens: Tensor) -> float:
+def _fastest(binding: Network, tokens: Tensor) -> float:
     """Seconds of the fastest of three forward passes."""
     best = float("inf")
     for _ in range(3):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model.baselines import Baseline, BaselineChoice, NodeMoments, NodeValues
-from ..model.binding import Binding, Forward, LocalFunction
+from ..model.binding import Forward, LocalFunction, Network
 from ..model.dictionaries import Dictionary
 from ..model.metrics import Metric
 from ..model.sites import EMBED, Basis, Site, SiteGraph, SiteKind
@@ -76,7 +76,7 @@ class Tally:
 class Prepared:
     """A batch ready for attribution. Values and gradients are (batch, pos, width) per site, without graph."""
 
-    binding: Binding
+    binding: Network
     graph: SiteGraph
     dictionaries: Mapping[Site, Dictionary]  # of the graph's sites
     settings: EdgeSettings
@@ -139,13 +139,13 @@ def of_target(settings: EdgeSettings, target: Target) -> EdgeSettings:
     return replace(settings, metric=target.metric if isinstance(target, LogitTarget) else EdgeSettings().metric)
 
 
-def end_site(binding: Binding, target: Target) -> Site:
+def end_site(binding: Network, target: Target) -> Site:
     """The site that a target reads: its own, or the last residual stream for the logits."""
     return target.site or Site(SiteKind.RESID, binding.n_layers - 1)
 
 
 def prepare(
-    binding: Binding,
+    binding: Network,
     dictionaries: Mapping[Site, Dictionary],
     pairs: PairBatch,
     settings: EdgeSettings,
@@ -160,7 +160,7 @@ def prepare(
     target = target or LogitTarget(settings.metric)
     of_target(settings, target).check()
     pairs = pairs.to(binding.device)
-    graph = SiteGraph.of(binding.n_layers, binding.parallel, dictionaries, target.site)
+    graph = binding.graph(dictionaries, target.site)
     dictionaries = {site: dictionaries[site] for site in graph.sites if site in dictionaries}
     bases = {site: dictionary.basis for site, dictionary in dictionaries.items()}
     run, gradients, clean_metric = _clean_run(binding, graph, bases, pairs, settings, target)
@@ -187,7 +187,7 @@ def prepare(
 
 
 def _clean_run(
-    binding: Binding, graph: SiteGraph, bases: Mapping[Site, Basis], pairs: PairBatch, settings: EdgeSettings, target: Target
+    binding: Network, graph: SiteGraph, bases: Mapping[Site, Basis], pairs: PairBatch, settings: EdgeSettings, target: Target
 ) -> tuple[Forward, dict[Site, Tensor], Tensor]:
     """The clean run with every chosen site's value and its gradient G = ∂m/∂x, from one backward pass."""
     end = end_site(binding, target)
@@ -224,7 +224,7 @@ def _clean_run(
 # --- the baseline ---------------------------------------------------------------------------------------------------
 
 
-def _other_values(binding: Binding, bases: Mapping[Site, Basis], pairs: PairBatch, choice: BaselineChoice) -> dict[Site, Tensor]:
+def _other_values(binding: Network, bases: Mapping[Site, Basis], pairs: PairBatch, choice: BaselineChoice) -> dict[Site, Tensor]:
     """Values of the sites on the sequences that the baseline's nodes are taken from; empty for baselines that take none."""
     tokens = choice.tokens(pairs)
     return {} if tokens is None else binding.forward(tokens, bases, stop_early=True).values

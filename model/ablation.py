@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .baselines import NodeValues
-from .binding import Binding, Forward, LocalFunction, UnknownArchitecture
+from .binding import Forward, LocalFunction, Network, UnknownArchitecture
 from .dictionaries import Dictionary, TopKDictionary
 from .edge_ablation import EdgeAblation
 from .low_rank import LowRank, low_rank
@@ -52,7 +52,7 @@ class CleanBatch:
     dictionaries: of the graph's sites. run: lends the attention's arguments. clean_logits: (batch, vocab), None for a target inside the model.
     """
 
-    binding: Binding
+    binding: Network
     graph: SiteGraph
     dictionaries: Mapping[Site, Dictionary]
     target: Target
@@ -144,14 +144,14 @@ def _cut(values: NodeValues, length: int) -> NodeValues:
 
 
 @torch.no_grad()
-def clean_run(binding: Binding, dictionaries: Mapping[Site, Dictionary], pairs: PairBatch, target: Target | None = None) -> CleanBatch:
+def clean_run(binding: Network, dictionaries: Mapping[Site, Dictionary], pairs: PairBatch, target: Target | None = None) -> CleanBatch:
     """Run the clean sequences of a batch. Unless given, the target is the logit difference (any `Metric` can be measured with it).
 
     Sites that do not feed the target are left out.
     """
     target = target or LogitTarget(Metric.LOGIT_DIFF)
     pairs = pairs.to(binding.device)
-    graph = SiteGraph.of(binding.n_layers, binding.parallel, dictionaries, target.site)
+    graph = binding.graph(dictionaries, target.site)
     dictionaries = {site: dictionaries[site] for site in graph.sites if site in dictionaries}
     batch = CleanBatch(binding, graph, dictionaries, target, pairs, Forward(), {}, None)
     constants = {constant for function in batch.functions.values() for constant in function.constants}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UserError
-from .binding import Binding, capture_sites
+from .binding import Network, capture_sites
 from .dictionaries import Dictionary
 from .pairs import PairBatch
 from .sites import Site
@@ -229,7 +229,7 @@ def _run_nodes(dictionary: Dictionary, clean: Tensor, other: Tensor, differs: Te
 
 @torch.no_grad()
 def baseline_nodes(
-    binding: Binding,
+    binding: Network,
     dictionaries: Mapping[Site, Dictionary],
     pairs: PairBatch,
     clean: Mapping[Site, Tensor],

@@ -1,5 +1,7 @@
 """Binding: where a Hugging Face model keeps its sites, and its local functions in plain torch.
 
+`Network` is what clean runs, ablation and attribution ask of any model; `Binding` answers for a language model, in these steps:
+
 1. `bind` finds each block's parts (norms, attention, MLP, output projection) by one row of names per family.
 2. It composes every block by hand on a probe input and compares with the model's own block: an architecture that
    does not compose as (attention, MLP, sum) is refused there, not discovered later in wrong numbers.
@@ -11,6 +13,7 @@ for `Basis.HEADS` the concatenated head outputs before the output projection (`h
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -168,7 +171,83 @@ def unwrap(model: Any) -> nn.Module:
     )
 
 
-class Binding:
+class Network(ABC):
+    """A network seen as sites and local functions: all that clean runs, ablation and attribution ask of a model.
+
+    layers: what makes each `resid_l`, n_layers of them. d_model: the width of the residual stream; where sites differ, that of the widest. n_heads, d_heads: 0 without
+    attention. chain: plain layers, each reading the one before (`SiteGraph.chain`). `tokens` (batch, pos) are whatever its input is numbered by.
+    """
+
+    module: nn.Module
+    layers: Sequence[nn.Module]
+    n_layers: int
+    d_model: int
+    n_heads: int = 0
+    d_heads: int = 0
+    parallel: bool = False
+    chain: bool = False
+    cache_name: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    def graph(self, sites: Iterable[Site], target: Site | None = None) -> SiteGraph:
+        """The graph of who reads whom over `sites` in this model; `target`: what y reads, the last residual stream unless given."""
+        return SiteGraph.of(self.n_layers, self.parallel, sites, target, chain=self.chain)
+
+    @abstractmethod
+    def width(self, site: Site, basis: Basis = Basis.RESIDUAL) -> int:
+        """The width of a site's value; raises `UserError` for a basis that the site lacks."""
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Tensor,
+        bases: Mapping[Site, Basis],
+        *,
+        patches: Mapping[Site, Patch] | None = None,
+        stop_early: bool = False,
+        keep_attention: bool = False,
+    ) -> Forward:
+        """Run the model on `tokens` (batch, pos), recording the values of the sites in `bases`.
+
+        `patches` replaces a site's value by a function of it before anything reads it. With `stop_early` the run ends
+        after the last recorded site and there are no logits. Gradients flow as torch's grad mode says.
+        """
+
+    @abstractmethod
+    def compute(self, site: Site, inputs: Sequence[Tensor], run: Forward, basis: Basis) -> Tensor:
+        """A site's value in `basis` from its architectural parents' (`SiteGraph.architectural_parents`), each (batch, pos, width)."""
+
+    @abstractmethod
+    def logits(self, resid: Tensor) -> Tensor:
+        """Logits of the last site, `resid` (..., width) → (..., vocab)."""
+
+    def written(self, site: Site, value: Tensor, basis: Basis) -> Tensor:
+        """What a site's value adds to what its readers read: itself, unless it is in a basis of its own."""
+        return value
+
+    def attend(self, layer: int, resid: Tensor, run: Forward, basis: Basis = Basis.RESIDUAL, *, cache: Any = None) -> Tensor:
+        """What attention of `layer` makes of a residual stream; raises `UnknownArchitecture` where there is none."""
+        raise UnknownArchitecture(f"{type(self.module).__name__} has no attention")
+
+    def transform(self, layer: int, resid: Tensor) -> Tensor:
+        """What the MLP of `layer` adds to the residual stream; raises `UnknownArchitecture` where there is none."""
+        raise UnknownArchitecture(f"{type(self.module).__name__} has no residual stream that MLPs add to")
+
+    def assert_no_hooks(self) -> None:
+        """Raise `HookLeftBehind` if any module of the model still has a forward or backward hook."""
+        for name, module in self.module.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+                raise HookLeftBehind(f"a hook was left on {name or 'the model'}: remove it before measuring, it would change the numbers")
+
+
+class Binding(Network):
     """A causal language model seen as sites and local functions."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -180,6 +259,7 @@ class Binding:
         self.blocks: tuple[Block, ...] = tuple(_block(b) for b in _part(trunk, "layers").children())
         self.final_norm = _part(trunk, "norm")
         self.unembedding: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
+        self.layers = tuple(block.module for block in self.blocks)
         self.n_layers = len(self.blocks)
         self.d_model = int(config.hidden_size)
         self.n_heads = int(config.num_attention_heads)
@@ -191,14 +271,6 @@ class Binding:
         self.head_dim = self.d_heads // self.n_heads
         self.cache_name = _cache_name(self.blocks[0].attn)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
     def width(self, site: Site, basis: Basis = Basis.RESIDUAL) -> int:
         """The width of a site's value; raises `UserError` for a basis that the site lacks."""
         if basis is Basis.HEADS:
@@ -206,10 +278,6 @@ class Binding:
                 raise UserError(f"site {site.name} has no attention heads: the heads basis (hook_z) belongs to attn_L sites only")
             return self.d_heads
         return self.d_model
-
-    def graph(self, sites: Iterable[Site]) -> SiteGraph:
-        """The graph of who reads whom over `sites` in this model."""
-        return SiteGraph.of(self.n_layers, self.parallel, sites)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.ndim != 2 or tokens.shape[1] == 0:
@@ -327,11 +395,11 @@ class Binding:
         block = self.blocks[layer]
         return block.post_mlp(block.mlp(block.ln_mlp(resid)))
 
-    def assert_no_hooks(self) -> None:
-        """Raise `HookLeftBehind` if any module of the model still has a forward or backward hook."""
-        for name, module in self.module.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-                raise HookLeftBehind(f"a hook was left on {name or 'the model'}: remove it before measuring, it would change the numbers")
+    def compute(self, site: Site, inputs: Sequence[Tensor], run: Forward, basis: Basis) -> Tensor:
+        if site.kind is SiteKind.ATTN:
+            return self.attend(site.layer, inputs[0], run, basis)
+        total = sum(inputs[1:], inputs[0])
+        return self.transform(site.layer, total) if site.kind is SiteKind.MLP else total
 
 
 def _keep(run: Forward, layer: int) -> Callable[..., None]:
@@ -384,7 +452,7 @@ def _order(site: Site, n_layers: int) -> tuple[int, int]:
     return (n_layers if site.kind is SiteKind.OUTPUT else site.layer, rank)
 
 
-def capture_sites(binding: Binding, tokens: Tensor, sites: Mapping[Site, Basis]) -> dict[Site, Tensor]:
+def capture_sites(binding: Network, tokens: Tensor, sites: Mapping[Site, Basis]) -> dict[Site, Tensor]:
     """Values of `sites` on `tokens` (batch, pos), each (batch, pos, width), without gradients; stops after the last one needed."""
     with torch.no_grad():
         return binding.forward(tokens, sites, stop_early=True).values
@@ -414,12 +482,8 @@ class _Evaluation:
 
     def compute(self, site: Site, basis: Basis) -> Tensor:
         """A site's value from what it reads."""
-        binding = self.function.binding
         inputs = [self.stream(parent) for parent in self.function.graph.architectural_parents(site)]
-        if site.kind is SiteKind.ATTN:
-            return binding.attend(site.layer, inputs[0], self.run, basis)
-        total = sum(inputs[1:], inputs[0])
-        return binding.transform(site.layer, total) if site.kind is SiteKind.MLP else total
+        return self.function.binding.compute(site, inputs, self.run, basis)
 
 
 class LocalFunction:
@@ -429,7 +493,7 @@ class LocalFunction:
     clean value. The output `y` is represented by the final residual stream, which is all that it reads.
     """
 
-    def __init__(self, binding: Binding, graph: SiteGraph, site: Site, bases: Mapping[Site, Basis]) -> None:
+    def __init__(self, binding: Network, graph: SiteGraph, site: Site, bases: Mapping[Site, Basis]) -> None:
         self.binding, self.graph, self.site, self.bases = binding, graph, site, bases
         self.target = graph.architectural_parents(site)[0] if site.kind is SiteKind.OUTPUT else site
         self.parents = graph.parents(site)
@@ -512,7 +576,7 @@ def _check_composition(binding: Binding) -> None:
     compare(binding.logits(before[:, -1]), run.logits, "the output head", binding)
 
 
-def compare(ours: Tensor, theirs: Tensor, what: str, binding: Binding) -> None:
+def compare(ours: Tensor, theirs: Tensor, what: str, binding: Network) -> None:
     """Raise `UnknownArchitecture` where a value composed from a model's parts is not the model's own (relative error)."""
     error = float((ours - theirs).float().norm() / theirs.float().norm().clamp_min(1e-30))
     # Half precision rounds each of the block's sums; the tolerance is in units of its last place.

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .binding import Binding
+from .binding import Binding, Network, UnknownArchitecture
 from .weights import linear_norm
 
 
 @contextmanager
-def frozen(binding: Binding) -> Iterator[None]:
+def frozen(binding: Network) -> Iterator[None]:
     """Forward passes inside leave graphs in which patterns and denominators are constants; backward passes may come later.
 
-    Raises `UnknownArchitecture` for a norm that is none: neither RMSNorm nor LayerNorm with a gain, nor an identity.
+    Raises `UnknownArchitecture` for a norm that is none: neither RMSNorm nor LayerNorm with a gain, nor an identity; and for any model but a
+    language model, in which nothing is known to be a pattern or a norm.
     """
+    if not isinstance(binding, Binding):
+        raise UnknownArchitecture(f"{type(binding.module).__name__} is no language model: it has no patterns and denominators to freeze")
     handles: list[Any] = []
     try:
         handles.extend(module.register_forward_hook(_linear(module, binding.d_model)) for module in _norms(binding))

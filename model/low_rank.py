@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from .binding import Forward, LocalFunction, UnknownArchitecture
+from .binding import Binding, Forward, LocalFunction, UnknownArchitecture
 from .products import fast_products, linear
 from .readout import Output
 from .sites import OUTPUT, Basis, Site, SiteKind
@@ -75,7 +75,9 @@ class LowRank:
         """What units of a parent's features add to the stream, (C, d_in) → (C, d_model)."""
         if self.function.bases.get(parent, Basis.RESIDUAL) is Basis.RESIDUAL:
             return W_dec
-        return linear(W_dec, matrix(self.function.binding.blocks[parent.layer].out_proj)[0])
+        binding = self.function.binding
+        assert isinstance(binding, Binding)  # no other model has heads
+        return linear(W_dec, matrix(binding.blocks[parent.layer].out_proj)[0])
 
     def rows(self, directions: Tensor) -> Tensor:
         """Per changed node what it adds to the stream and to the first layer, (U, d_model) → (U, d_model + n)."""
@@ -104,6 +106,8 @@ class LowRank:
 def low_rank(function: LocalFunction, run: Forward, sample: Tensor) -> LowRank | None:
     """The form of a site's local function, None where it has none. sample: (1, pos, d_model), a stream to check an attention with."""
     site, graph, binding = function.target, function.graph, function.binding
+    if not isinstance(binding, Binding):  # layers of other models are run as they are
+        return None
     inputs = graph.architectural_parents(site)
     heads = [s for s in function.parents if function.bases.get(s, Basis.RESIDUAL) is Basis.HEADS]
     if function.site == OUTPUT or any(s not in function.parents and s not in function.constants for s in inputs):
@@ -114,14 +118,14 @@ def low_rank(function: LocalFunction, run: Forward, sample: Tensor) -> LowRank |
         return LowRank(function, inputs, None, None)
     try:
         if site.kind is SiteKind.MLP:
-            return _mlp(function, inputs)
-        return _attention(function, inputs, run, sample) if site.kind is SiteKind.ATTN else None
+            return _mlp(binding, function, inputs)
+        return _attention(binding, function, inputs, run, sample) if site.kind is SiteKind.ATTN else None
     except UnknownArchitecture:  # the module itself is always right
         return None
 
 
-def _mlp(function: LocalFunction, inputs: tuple[Site, ...]) -> LowRank | None:
-    binding, layer = function.binding, function.target.layer
+def _mlp(binding: Binding, function: LocalFunction, inputs: tuple[Site, ...]) -> LowRank | None:
+    layer = function.target.layer
     block = binding.blocks[layer]
     if not isinstance(block.post_mlp, nn.Identity):
         return None
@@ -135,8 +139,8 @@ def _mlp(function: LocalFunction, inputs: tuple[Site, ...]) -> LowRank | None:
     return LowRank(function, inputs, first, Output(weights.W_out, weights.b_out))
 
 
-def _attention(function: LocalFunction, inputs: tuple[Site, ...], run: Forward, sample: Tensor) -> LowRank | None:
-    binding, layer = function.binding, function.target.layer
+def _attention(binding: Binding, function: LocalFunction, inputs: tuple[Site, ...], run: Forward, sample: Tensor) -> LowRank | None:
+    layer = function.target.layer
     block, basis = binding.blocks[layer], function.bases.get(function.target, Basis.RESIDUAL)
     if basis is Basis.RESIDUAL and not isinstance(block.post_attn, nn.Identity):
         return None

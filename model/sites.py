@@ -83,17 +83,19 @@ class SiteGraph:
     """The sites chosen for a model, in topological order, `y` last, and who reads whom among them.
 
     `parallel` says that attention and MLP both read the block's input (GPT-NeoX with parallel residual).
-    `target` is the site that `y` reads, None for the last residual stream.
+    `target` is the site that `y` reads, None for the last residual stream. `chain` is a network of plain layers, each reading the one before:
+    it has `embed` (its input) and `resid_l` (what layer l gives) alone.
     """
 
     n_layers: int
     parallel: bool
     sites: tuple[Site, ...]
     target: Site | None = None
+    chain: bool = False
 
     @staticmethod
-    def of(n_layers: int, parallel: bool, sites: Iterable[Site], target: Site | None = None) -> "SiteGraph":
-        """The graph over `sites` (`y` is added); raises `UnknownSite` for a layer that the model lacks.
+    def of(n_layers: int, parallel: bool, sites: Iterable[Site], target: Site | None = None, *, chain: bool = False) -> "SiteGraph":
+        """The graph over `sites` (`y` is added); raises `UnknownSite` for a site that the model lacks.
 
         With a `target` `y` reads that site's value. The target itself, and chosen sites that it does not depend on, are
         left out; raises `NothingBeforeTarget` where no other is there.
@@ -102,14 +104,16 @@ class SiteGraph:
         for site in chosen | ({target} if target else set()):
             if site.layer >= n_layers:
                 raise UnknownSite(f"unknown site {site.name!r}: this model has layers 0 to {n_layers - 1}")
+            if chain and site.kind in (SiteKind.ATTN, SiteKind.MLP):
+                raise UnknownSite(f"unknown site {site.name!r}: a network of plain layers has embed and resid_0 to resid_{n_layers - 1}")
         if len(chosen) == 1:
             raise UnknownSite("no site was chosen: name at least one, for example resid_0")
         if target is not None:
-            chosen = (chosen & _ancestors(n_layers, parallel, target)) | {OUTPUT}
+            chosen = (chosen & _ancestors(n_layers, parallel, target, chain)) | {OUTPUT}
             if len(chosen) == 1:
                 raise NothingBeforeTarget(f"target {target.name} reads none of the chosen sites: choose a site before it, or a later target")
         key = lambda s: (n_layers if s.kind is SiteKind.OUTPUT else s.layer, _RANK[s.kind])
-        return SiteGraph(n_layers, parallel, tuple(sorted(chosen, key=key)), target)
+        return SiteGraph(n_layers, parallel, tuple(sorted(chosen, key=key)), target, chain)
 
     def architectural_parents(self, site: Site) -> tuple[Site, ...]:
         """Parents of a site in the full architecture, whether or not they were chosen."""
@@ -118,6 +122,8 @@ class SiteGraph:
         if site.kind is SiteKind.OUTPUT:
             return (self.target or Site(SiteKind.RESID, self.n_layers - 1),)
         before = Site(SiteKind.RESID, site.layer - 1) if site.layer > 0 else EMBED
+        if self.chain:
+            return (before,)
         attn, mlp = Site(SiteKind.ATTN, site.layer), Site(SiteKind.MLP, site.layer)
         if site.kind is SiteKind.ATTN:
             return (before,)
@@ -175,11 +181,11 @@ class SiteGraph:
         return tuple(d for d in self.sites if site in self._parents[d])
 
 
-def _ancestors(n_layers: int, parallel: bool, target: Site) -> set[Site]:
+def _ancestors(n_layers: int, parallel: bool, target: Site, chain: bool) -> set[Site]:
     """Every site of the architecture that `target` depends on, itself left out; raises `UnknownSite` for `y`."""
     if target.kind is SiteKind.OUTPUT:
         raise UnknownSite("the target is y itself: name a site of the model, for example resid_3")
-    graph = SiteGraph(n_layers, parallel, ())
+    graph = SiteGraph(n_layers, parallel, (), chain=chain)
     found: set[Site] = set()
     waiting = [target]
     while waiting:

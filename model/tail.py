@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .binding import Binding, Forward, UnknownArchitecture, compare
+from .binding import Forward, Network, UnknownArchitecture, compare
 from .sites import EMBED, Basis, Site, SiteKind
 
 
@@ -23,7 +23,7 @@ class CleanRun:
     Keys and values of a layer's attention are computed when first asked for, and kept.
     """
 
-    binding: Binding
+    binding: Network
     run: Forward
     values: Mapping[Site, Tensor]
     _keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -140,6 +140,8 @@ class Tail:
     def _block(self, layer: int, x: Tensor, sequence: Tensor, start: int) -> Tensor:
         """One block on the suffix; in the end's own layer what the end holds, at its position alone."""
         binding, last = self.clean.binding, layer == self.end.layer
+        if binding.chain:
+            return binding.compute(Site(SiteKind.RESID, layer), [x], self.clean.run, Basis.RESIDUAL)
         basis = self.end_basis if last and self.end.kind is SiteKind.ATTN else Basis.RESIDUAL
         cache = Prefix(self.clean.keys_values(layer), sequence, start) if start else None
         attn = binding.attend(layer, x, self.clean.suffix(start, self.length), basis, cache=cache)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError
-from .binding import Binding
+from .binding import Network
 from .dictionaries import Dictionary
 from .metrics import Metric, evaluate
 from .sites import Basis, Site, SiteKind, UnknownSite, parse_site
@@ -70,7 +70,7 @@ class Target(ABC):
         """The position that is read in a sequence of `length` tokens, from 0; raises `PositionOutOfRange`."""
 
     @abstractmethod
-    def __call__(self, binding: Binding, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
+    def __call__(self, binding: Network, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
         """The target of each sequence, (n,), differentiable in `value` (n, width), the site's value at the target's position.
 
         `answer`, `wrong_answer` (n,) and `clean_logits` (n, vocab) matter to the logits only.
@@ -100,7 +100,7 @@ class LogitTarget(Target):
     def position(self, length: int) -> int:
         return _position(length, -1, self.name)
 
-    def __call__(self, binding: Binding, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
+    def __call__(self, binding: Network, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
         return evaluate(self.metric, binding.logits(value), answer, wrong_answer, clean_logits)
 
     def identity(self) -> dict[str, object]:
@@ -133,7 +133,7 @@ class FeatureTarget(Target):
     def position(self, length: int) -> int:
         return _position(length, self.pos, self.name)
 
-    def __call__(self, binding: Binding, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
+    def __call__(self, binding: Network, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
         return self.dictionary.encode(value)[:, self.index]
 
     def identity(self) -> dict[str, object]:
@@ -169,7 +169,7 @@ class ProbeTarget(Target):
     def position(self, length: int) -> int:
         return _position(length, self.pos, self.name)
 
-    def __call__(self, binding: Binding, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
+    def __call__(self, binding: Network, value: Tensor, answer: Tensor, wrong_answer: Tensor, clean_logits: Tensor | None) -> Tensor:
         return value @ self.weight + self.bias
 
     def identity(self) -> dict[str, object]:
@@ -187,7 +187,7 @@ def _position(length: int, pos: int, name: str) -> int:
 # --- from a text to a target -----------------------------------------------------------------------------------------
 
 
-def parse_target(text: str, dictionaries: Mapping[Site, Dictionary], binding: Binding) -> Target:
+def parse_target(text: str, dictionaries: Mapping[Site, Dictionary], binding: Network) -> Target:
     """The target that a user names: a feature, `resid_11/123` or `resid_11/123@-2`, or a probe's safetensors file.
 
     `dictionaries` must have the feature's site. Raises `UnknownTarget`, `UnknownSite` or `BadProbe`.
@@ -226,7 +226,7 @@ def _parse_feature(text: str) -> tuple[Site, int, int]:
     return site, int(index), -1 if pos is None else int(pos)
 
 
-def read_probe(path: Path, binding: Binding) -> ProbeTarget:
+def read_probe(path: Path, binding: Network) -> ProbeTarget:
     """The probe of a safetensors file (see the module's text); raises `BadProbe`, or `UnknownSite` for a site that the model lacks."""
     try:
         with safe_open(path, framework="pt") as file:
