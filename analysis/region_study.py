@@ -37,6 +37,9 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 EDGE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Shares of the edges between units that are kept unless told otherwise."""
 
+FEWEST_SEQUENCES = 4
+"""Sequences of a task that intervals of selectivity need: a half of one alone is resampled into itself."""
+
 REGIONS, HEADS, FEATURES, RANDOM = "regions", "heads", "features", "random blocks"
 """Names of partitions under test."""
 
@@ -320,27 +323,32 @@ def selectivity(values: pl.DataFrame, *, reference: str = REGIONS, bootstrap: Bo
     block's, and the signs by which L becomes |L|, are decided on one half of the sequences and measured on the other, both ways round, so that the
     greatest of several noisy numbers, or the size of noise, is not taken for an effect. Where the interval of the denominator reaches 0, blocks
     break nothing that is told from noise, and the selectivity is undefined; effects on other tasks that are no greater than noise count too low.
-    `impact` is the mean of a, decided in the same way.
-    The bootstrap resamples sequences within tasks. Raises `NothingToTest` for one task alone.
+    `impact` is the mean of a, decided in the same way. Tasks whose own effect is not told from 0 are left out; of fewer than two, all is undefined.
+    The bootstrap resamples sequences within tasks; with fewer than `FEWEST_SEQUENCES` of a task there are no intervals.
+    Raises `NothingToTest` for one task alone.
     """
     frame = checked(values)
     tasks = sorted(frame["task"].unique().to_list())
     if len(tasks) < 2:
         raise NothingToTest(f"selectivity compares tasks, and there is only {tasks[0] if tasks else 'none'}: ingest a mixture, --task agreement+ioi")
     cubes = {key: _cube(rows, tasks) for key, rows in _by_partition(frame)}
-    sizes = [lost.shape[1] for lost, _ in next(iter(cubes.values()))]
+    first = next(iter(cubes.values()))
+    sizes = [len(whole) for _, whole in first]
     counts = [replace(bootstrap, seed=bootstrap.seed + i).counts(n) for i, n in enumerate(sizes)]  # tasks are resampled apart
+    told = [i for i, (_, whole) in enumerate(first) if _has_effect(whole, counts[i], bootstrap)] or [0]
+    cubes, counts = {key: [cube[i] for i in told] for key, cube in cubes.items()}, [counts[i] for i in told]
     pooled: dict[str, list[_Losses]] = {}
     for (method, _), cube in cubes.items():
         pooled.setdefault(method, []).append(_losses(cube, counts))
     if reference not in pooled:
         raise NothingToTest(f"no values of the reference {reference!r}: there are {', '.join(pooled)}")
     value = {method: _ratio(own, bootstrap) for method, own in pooled.items()}
+    few = min(sizes[i] for i in told) < FEWEST_SEQUENCES
     rows = []
     for method, own in pooled.items():
         impact = np.mean([one.own for one in own], axis=0) / own[0].n_blocks
         columns = np.stack([value[method], impact, value[method] - value[reference]], axis=1)
-        low, high = bootstrap.interval(columns[1:])
+        low, high = np.full((2, 3), np.nan) if few else bootstrap.interval(columns[1:])
         rows.append((method, own[0].n_blocks, *(x for i in range(3) for x in (columns[0, i], low[i], high[i]))))
     table = pl.DataFrame(rows, schema=SELECTIVITY, orient="row").with_columns(pl.col(pl.Float64).fill_nan(None))
     return table.sort(pl.col("method") != reference, "method")
@@ -364,6 +372,12 @@ def _ratio(draws: Sequence[_Losses], bootstrap: Bootstrap) -> FloatArray:
     return np.clip(found, -1, 1)  # where others are about 0, noise gives either sign
 
 
+def _has_effect(whole: FloatArray, counts: FloatArray, bootstrap: Bootstrap) -> bool:
+    """Whether the mean over sequences of m(M) − m(∅) is told from 0: what is lost is a share of it."""
+    low, high = bootstrap.interval((counts @ whole / len(whole))[1:, None])
+    return bool(low[0] > EPSILON or high[0] < -EPSILON)
+
+
 def _by_partition(frame: pl.DataFrame) -> Iterator[tuple[tuple[str, int], pl.DataFrame]]:
     for key, rows in frame.group_by("method", "draw", maintain_order=True):
         yield (str(key[0]), int(str(key[1]))), rows
@@ -383,7 +397,7 @@ def _cube(rows: pl.DataFrame, tasks: Sequence[str]) -> list[tuple[FloatArray, Fl
 
 
 def _losses(cube: Sequence[tuple[FloatArray, FloatArray]], counts: Sequence[FloatArray]) -> _Losses:
-    """What the blocks of a partition lose under every row of resampled counts."""
+    """What the blocks of a partition lose under every row of resampled counts; NaN where fewer than two tasks have an effect in both halves."""
     halves = []
     for parity in (0, 1):
         shares = []
@@ -391,13 +405,18 @@ def _losses(cube: Sequence[tuple[FloatArray, FloatArray]], counts: Sequence[Floa
             part = weight * (np.arange(len(whole)) % 2 == parity)  # (resamples + 1, sequences)
             total = part @ whole
             shares.append(part @ lost.T / np.where(np.abs(total) < EPSILON, np.nan, total)[:, None])  # (resamples + 1, blocks)
-        halves.append(np.nan_to_num(np.stack(shares, axis=-1)))  # (resamples + 1, blocks, tasks)
+        halves.append(np.stack(shares, axis=-1))  # (resamples + 1, blocks, tasks)
+    # A task without an effect is no task that a block leaves alone: it is left out, not counted as 0.
+    defined = np.isfinite(halves[0]) & np.isfinite(halves[1])
+    n_others = defined[:, 0].sum(-1) - 1.0  # (resamples + 1,)
+    n_others[n_others < 1] = np.nan
+    known = [np.where(defined, half, 0.0) for half in halves]
     own, others = [], []
-    for decide, judge in (halves, halves[::-1]):
+    for decide, judge in (known, known[::-1]):
         signed, task = judge * np.sign(decide), np.abs(decide).argmax(axis=-1)[..., None]
         of_task = np.take_along_axis(signed, task, -1)[..., 0]  # (resamples + 1, blocks)
-        own.append(of_task.sum(-1))
-        others.append((signed.sum(-1) - of_task).sum(-1) / (judge.shape[-1] - 1))
+        own.append(np.where(np.isnan(n_others), np.nan, of_task.sum(-1)))
+        others.append((signed.sum(-1) - of_task).sum(-1) / n_others)
     return _Losses(np.mean(own, axis=0), np.mean(others, axis=0), halves[0].shape[1])
 
 
