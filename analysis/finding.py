@@ -21,7 +21,7 @@ import polars as pl
 from ..errors import UserError
 from ..queries.samples import SampleRun, SiteSamples
 from .correlations import MIN_COUNT, MIN_SEQUENCES, Correlation, Null, correlation, fisher, halves, live_features, shuffled
-from .levels import Rule, choose, null_verdict, scored
+from .levels import FEWEST_SHUFFLES, Rule, choose, null_verdict, scored
 from .parcellation import PATH_SCORES, FloatArray, IntArray, Level, Parcellation, PartitionPath, SitePartition, by_size
 from .partitioning import PartitionMethod, PartitionOptions, partition
 
@@ -65,8 +65,8 @@ class FindingOptions:
         for name, value, least in (("--min-count", self.min_count, 1), ("--min-sequences", self.min_sequences, 1), ("--nulls", self.nulls, 0)):
             if value < least:
                 raise UserError(f"{name} {value} is too small: give at least {least}")
-        if self.nulls == 1:
-            raise UserError("--nulls 1 is too small: one shuffled copy has no spread to judge by, give 2 or more, or 0 for none")
+        if 0 < self.nulls < FEWEST_SHUFFLES:
+            raise UserError(f"--nulls {self.nulls} is too small: give at least {FEWEST_SHUFFLES}, whose spread says what is chance, or 0 for none")
         if self.rule is Rule.GIVEN and self.n_blocks is None and self.blocks_of is None:
             raise UserError("a given number of blocks was asked for, and none was given: --level 40")
 
@@ -137,7 +137,10 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
     notes |= {name: value for name, value in path.info.items() if name != "seconds"}
     rule = Rule.GIVEN if (wanted := _wanted_blocks(samples.site, options)) is not None and options.rule is Rule.GIVEN else options.rule
     at = choose(path, scores, rule, n_heads=options.n_heads, n_blocks=wanted)
-    if options.nulls and path.n_blocks[at] > 1:
+    if path.n_blocks[at] == 1:
+        notes["verdict"] = f"one block by the rule “{rule.value}”"
+        return _one_block(samples, features, notes, scores, rule.value)
+    if options.nulls:
         progress(f"{samples.site}: {options.nulls} shuffled samples")
         started = time.perf_counter()
         pairs = [_null_halves(samples, features, masks, options, i) for i in range(options.nulls)]
@@ -163,8 +166,10 @@ def _starts_too_coarse(path: PartitionPath, scores: pl.DataFrame, options: Findi
     return choose(path, scores, Rule.HELD_OUT) == 0
 
 
-def _one_block(samples: SiteSamples, features: IntArray, notes: Mapping[str, Any], scores: pl.DataFrame | None = None) -> SitePartition:
-    whole = Level("nothing but chance", np.zeros(len(features), dtype=np.int64))
+def _one_block(
+    samples: SiteSamples, features: IntArray, notes: Mapping[str, Any], scores: pl.DataFrame | None = None, rule: str = "nothing but chance"
+) -> SitePartition:
+    whole = Level(rule, np.zeros(len(features), dtype=np.int64))
     empty = pl.DataFrame(schema=dict(PATH_SCORES)) if scores is None else scores
     return SitePartition(samples.site, samples.dictionary, samples.d_sae, features, (whole,), 0, empty, notes)
 
@@ -193,15 +198,11 @@ def _refit(options: PartitionOptions, method: PartitionMethod) -> Callable[[Floa
     return fitted
 
 
-def _null_halves(
-    samples: SiteSamples, features: IntArray, masks: tuple[Any, Any], options: FindingOptions, i: int
-) -> tuple[FloatArray, FloatArray]:
+def _null_halves(samples: SiteSamples, features: IntArray, masks: tuple[Any, Any], options: FindingOptions, i: int) -> tuple[FloatArray, FloatArray]:
     """Fisher weights of the two halves, each shuffled on its own."""
     first, second = (
         fisher(
-            shuffled(
-                samples, features, options.seed + 1 + 2 * i + k, rows=mask, null=options.null, kind=options.correlation or Correlation.PEARSON
-            )
+            shuffled(samples, features, options.seed + 1 + 2 * i + k, rows=mask, null=options.null, kind=options.correlation or Correlation.PEARSON)
         )
         for k, mask in enumerate(masks)
     )

@@ -42,7 +42,8 @@ class Rule(StrEnum):
     HELD_OUT = "held-out likelihood"
     """The greatest held-out likelihood; of equal ones the coarser level. The default."""
     STABILITY = "stability between halves"
-    """The greatest stability of all levels of two or more blocks, the finer of equal ones. Where there are two scales it tends to the coarser."""
+    """The greatest stability of all levels of two or more blocks that are not single features, the finer of equal ones. Where there are two scales
+    it tends to the coarser."""
     HEADS = "more blocks than heads"
     """The fewest blocks that are more than the layer's attention heads."""
     DESCRIPTION_LENGTH = "description length"
@@ -91,7 +92,8 @@ def choose(path: PartitionPath, scores: pl.DataFrame, rule: Rule, *, n_heads: in
         case Rule.DESCRIPTION_LENGTH:
             return _last_greatest(-_measured(scores, "description_length", rule))
         case Rule.STABILITY:
-            stable = np.where(path.n_blocks > 1, _measured(scores, "stability", rule), -np.inf)  # one block always agrees with itself
+            telling = (path.n_blocks > 1) & (scores["largest"].to_numpy() > 1)  # one block agrees with itself, and so do single features
+            stable = np.where(telling, _measured(scores, "stability", rule), -np.inf)
             return int(stable.argmax())
         case Rule.HEADS:
             if n_heads is None:
