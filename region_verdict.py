@@ -21,6 +21,7 @@ from scipy import sparse  # type: ignore[import-untyped]
 from .analysis.faithfulness import CIRCUIT, COMPLEMENT, HELD_OUT, Averaging, faithfulness, matched
 from .analysis.parcellation import Parcellation, units_of
 from .analysis.partitioning import random_blocks
+from .analysis.region_gallery import Tested, verdict_page
 from .analysis.region_study import (
     EDGE_SHARES,
     FEATURES,
@@ -364,6 +365,12 @@ class RegionsScored:
     n_scores: int
 
 
+def sweep_subject(verdict: RegionVerdict, parcellation: Parcellation) -> str:
+    """What the values in the statistics store are of: other levels, or another ranking, are other units of the same numbers."""
+    levels = ",".join(str(own.chosen) for own in parcellation.sites.values())
+    return f"{verdict.study.run.key}:{parcellation.key}@{levels}" + (":by mean" if verdict.options.per_member else "")
+
+
 def write_back(store: GraphStore, statistics: StatisticsStore, verdict: RegionVerdict, parcellation: Parcellation) -> RegionsScored:
     """What regions drive, their circuits, and what each task loses without each of them, into the graph; every value into the statistics store.
 
@@ -371,7 +378,7 @@ def write_back(store: GraphStore, statistics: StatisticsStore, verdict: RegionVe
     """
     study, regions = verdict.study, verdict.regions
     run, drives = study.run, regions.drives
-    subject = f"{run.key}:{parcellation.key}"
+    subject = sweep_subject(verdict, parcellation)
     write_sweep(statistics, run.key, subject, verdict.values, verdict.sizes)
     for part, values in (("removals", verdict.matrix_values), ("drives", verdict.drive_values)):
         if values.height:
@@ -385,8 +392,9 @@ def write_back(store: GraphStore, statistics: StatisticsStore, verdict: RegionVe
         for circuit in verdict.circuits:
             if 0 < circuit.n_edges <= LARGEST_WRITTEN:
                 keys[circuit.size] = write_region_circuit(
-                    store, run.key, parcellation, drives.units, circuit.edges.rows.numpy(), drives.mean, output=study.target.name
-                )
+                    store, run.key, parcellation, drives.units, circuit.edges.rows.numpy(), drives.mean, strengths=drives.strength,
+                    output=study.target.name, settings={"baseline": study.baseline_name},
+                )  # fmt: skip
     written = _score_circuits(store, verdict, keys) + _score_blocks(store, verdict, parcellation)
     return RegionsScored(n_drives, len(keys), written)
 
@@ -433,6 +441,25 @@ def as_json(verdict: RegionVerdict, parcellation: Parcellation) -> dict[str, obj
         "compared_cut": verdict.compared_cut.to_dicts(), "matrix": verdict.matrix.to_dicts(), "drives": verdict.drives.to_dicts(),
         "selectivity": [] if chosen is None else chosen.to_dicts(),
     }  # fmt: skip
+
+
+def page(verdict: RegionVerdict, parcellation: Parcellation, names: Mapping[str, str]) -> str:
+    """A verdict as a page of figures; `names`: what units are called."""
+    study, units = verdict.study, verdict.regions.units
+    sites = [study.graph.sites[i].name for i in units.site_of.tolist()]
+    labels = [names.get(name, name) for name in units.names]
+    nodes = pl.DataFrame({"name": list(units.names), "label": labels, "site": sites, "n_features": [*verdict.regions.live.tolist(), 0]})
+    fixed = f"{verdict.metric} · {study.baseline_name} baseline · {verdict.n_tested} held-out sequences · ratio of means"
+    compared = {"Kept": verdict.compared, "Cut (lower is more damage)": verdict.compared_cut}
+    tested = Tested(verdict.table, compared, verdict.matrix, verdict.selectivity, verdict.drives, nodes, verdict.metric, fixed)
+    settings = [
+        ("parcellation", parcellation.key), ("method", f"{parcellation.method} of {parcellation.basis}s"), ("run", study.run.key),
+        ("model", study.model.key), ("baseline", study.baseline_name), ("found on", f"{verdict.n_found} sequences"),
+        ("tested on", f"{verdict.n_tested} held-out sequences"), ("ranked by", "mean" if verdict.options.per_member else "sum"),
+        ("partitions", ", ".join(dict.fromkeys(one.method for one in verdict.competitors))), ("seed", str(study.options.seed)),
+    ]  # fmt: skip
+    subtitle = f"{parcellation.method} of {parcellation.basis}s, parcellation {parcellation.key}, run {study.run.key}"
+    return verdict_page(tested, names, f"Regions put to the test: {study.run.task}", subtitle=subtitle, settings=settings)
 
 
 def all_values(verdict: RegionVerdict) -> pl.DataFrame:

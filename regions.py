@@ -13,10 +13,11 @@ from pathlib import Path
 
 import polars as pl
 
-from .analysis.correlations import Correlation
+from .analysis.correlations import Correlation, correlation
 from .analysis.finding import FindingOptions, find_parcellation, like
 from .analysis.parcellation import NotAPartition, Parcellation
 from .analysis.partitioning import PartitionMethod
+from .analysis.region_gallery import regions_page
 from .analysis.regions import Description, describe
 from .analysis.regions_store import label_block, read_parcellation, write_parcellation, write_regions
 from .errors import UserError
@@ -162,6 +163,16 @@ def options_of(parcellation: Parcellation) -> FindingOptions:
 
 
 # --- out of the program -----------------------------------------------------------------------------------------------
+
+
+def page(store: SampleStore, found: Regions) -> str:
+    """Regions as a page of figures, with the correlations that they were found in."""
+    parcellation, samples = found.parcellation, found.samples
+    kind = Correlation(parcellation.settings.get("correlation") or Correlation.PEARSON)
+    settings = (("samples of", samples.source), ("tokens", f"{samples.n_tokens:,}"), ("sequences", f"{samples.n_sequences:,}"))
+    commands = (f"featlas analyze ablate-rois --parcellation {parcellation.key[:8]}", f"featlas query regions -p parcellation={parcellation.key[:8]}")
+    of_site = lambda name: correlation(store.read(parcellation.samples, name), parcellation.sites[name].features, kind=kind)
+    return regions_page(parcellation, found.description, of_site, settings=settings, commands=commands)
 
 
 def as_json(found: Regions) -> dict[str, object]:

@@ -17,6 +17,7 @@ from ..queries.subgraphs import RunRow, model_features, run_sequences
 from .circuits import Circuit, Path, PathRule, site_summary, strongest_paths, top_nodes
 from .notes import CONTEXTS, feature_notes, readable, strongest_contexts
 from .plots import circuit_figure, embedded, flow_figure, plotly_script
+from .region_gallery import RunRegions, regions_of_run
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Report:
     """What the page says.
 
     `settings` are (name, value) of the run; `tasks` is as `task_summary` gives it; `notes` are of schema `notes.NOTES`;
-    `commands` are what to try next; `tokens` those of the one sequence whose positions were kept.
+    `commands` are what to try next; `tokens` those of the one sequence whose positions were kept; `regions` what is known of regions, if any are.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Report:
     max_edges: int = 150
     n_features: int = 25
     tokens: Sequence[str] | None = None
+    regions: RunRegions | None = None
 
 
 def render(report: Report) -> str:
@@ -56,6 +58,7 @@ def render(report: Report) -> str:
         features=_features(circuit, report.notes, report.n_features),
         rule=_RULES[report.rule],
         paths="".join(_path(path, circuit, report.notes, report.rule) for path in report.paths),
+        regions=_regions(report.regions),
         tasks=_tasks(report.tasks),
         settings="".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in report.settings),
         commands=html.escape("\n".join(report.commands)),
@@ -130,6 +133,40 @@ def _tasks(tasks: pl.DataFrame) -> str:
     return f'<table class="settings">{head}{"".join(lines)}</table>'
 
 
+def _regions(found: RunRegions | None) -> str:
+    """The section about regions of interest, nothing where none were found."""
+    if found is None:
+        return ""
+    said = "".join(f"<li>{html.escape(finding)}</li>" for finding in found.findings)
+    figures = [embedded(figure, name) for name, figure in (("region-paths", found.paths), ("region-losses", found.matrix)) if figure is not None]
+    return (
+        f'<h2>Regions</h2><p class="soft">Sets of features of a site that are active together: {html.escape(found.subtitle)}, parcellation '
+        f"{html.escape(found.key)}. r inside and outside: mean correlation over pairs of its features, and of one of its features and another.</p>"
+        f'<ul>{said}</ul><div class="wide">{"".join(figures)}</div>{_region_table(found.blocks)}'
+    )
+
+
+_SHOWN_REGIONS = 30
+
+
+def _region_table(blocks: pl.DataFrame) -> str:
+    """The largest regions, opened by a click."""
+    head = _head("region", "#features", "label", "#r inside", "#outside", "#active", "for")
+    number = lambda value: "" if value is None else f"{value:.3f}".replace("-", "−")
+    percent = lambda value, form: "" if value is None else f"{value:{form}}"
+    lines = []
+    for row in blocks.sort("size", "site", "number", descending=[True, False, False]).head(_SHOWN_REGIONS).iter_rows(named=True):
+        label, purpose = (html.escape(readable(row[name] or "", 60)) for name in ("label", "task"))
+        cells = (number(row["correlation_inside"]), number(row["correlation_outside"]), percent(row["frequency"], ".1%"))
+        numbers = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        lines.append(
+            f'<tr><td>{html.escape(row["site"])}/{row["number"]}</td><td class="number">{row["size"]:,}</td><td>{label}</td>{numbers}'
+            f'<td>{purpose} {percent(row["task_share"], ".0%")}</td></tr>'
+        )
+    shown = f"the {len(lines)} largest of {blocks.height:,} regions" if blocks.height > len(lines) else f"{blocks.height:,} regions"
+    return f'<details><summary>{shown}</summary><div class="wide"><table>{head}{"".join(lines)}</table></div></details>'
+
+
 def _signed(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}"
 
@@ -169,6 +206,7 @@ def gather(store: GraphStore, statistics: StatisticsStore | None, run: RunRow, c
     contexts = pl.DataFrame(schema=CONTEXTS)
     if statistics is not None and measured is not None:
         contexts = strongest_contexts(statistics, measured.run, features["key"].to_list())
+    regions = regions_of_run(store, statistics, run) if statistics is not None else None
     settings = [(name, str(run.properties[name])) for name in _SETTINGS if run.properties.get(name) is not None]
     settings += [("dictionaries", ", ".join(f"{site}: {dictionary}" for site, dictionary in run.dictionaries.items()))]
     settings += [("statistics", f"{measured.run}: {measured.tokens:,} tokens of {measured.corpus}")] if measured is not None else []
@@ -177,5 +215,5 @@ def gather(store: GraphStore, statistics: StatisticsStore | None, run: RunRow, c
         title=f"{run.model.partition('@')[0]}: {run.task.replace('+', ' + ')}", subtitle=f"effects on the {metric}, run {run.key}", circuit=circuit,
         notes=feature_notes(features, contexts, output=metric), paths=strongest_paths(circuit, options.n_paths, rule=options.rule), rule=options.rule,
         settings=settings, tasks=task_summary(run_sequences(store, run.key), run.metric), commands=options.commands, max_edges=options.max_edges,
-        n_features=options.n_features,
+        n_features=options.n_features, regions=regions,
     )  # fmt: skip

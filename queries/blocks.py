@@ -18,6 +18,11 @@ DRIVES: Mapping[str, pl.DataType] = {
     "source": pl.String(), "target": pl.String(), "run": pl.String(), "weight_sum": pl.Float64(), "weight_mean": pl.Float64(),
     "abs_sum": pl.Float64(), "n": pl.Int64(),
 }  # fmt: skip
+LOSSES: Mapping[str, pl.DataType] = {
+    "site": pl.String(), "index": pl.Int64(), "size": pl.Int64(), "task": pl.String(), "metric": pl.String(), "baseline": pl.String(),
+    "split": pl.String(), "averaging": pl.String(), "seed": pl.Int64(), "value": pl.Float64(), "low": pl.Float64(), "high": pl.Float64(),
+    "n": pl.Int64(), "undefined_n": pl.Int64(),
+}  # fmt: skip
 _ENDS: Mapping[str, pl.DataType] = {"source": pl.String(), "target": pl.String()}
 
 
@@ -58,6 +63,16 @@ def drives_of(store: GraphStore, parcellation: str, run: str | None = None) -> p
         " ORDER BY run, source, target"
     )
     return _typed(store.query(text, {"parcellation": parcellation, **({} if run is None else {"run": run})}), DRIVES)
+
+
+def losses_of(store: GraphStore, parcellation: str) -> pl.DataFrame:
+    """What each task loses without each of a parcellation's chosen blocks that was cut, as `LOSSES`, by site, block and task."""
+    columns = ", ".join(f"{'b' if name in ('site', 'index', 'size') else 's'}.`{name}` AS `{name}`" for name in LOSSES)
+    text = (
+        "MATCH (b:Block)-[:SCORED]->(s:Score) WHERE b.parcellation = $parcellation AND b.chosen AND s.kind = 'loss' "
+        f"RETURN {columns} ORDER BY site, `index`, task, s.key"
+    )
+    return _typed(store.query(text, {"parcellation": parcellation}), LOSSES)
 
 
 def forget_parcellation(store: GraphStore, parcellation: str) -> None:
