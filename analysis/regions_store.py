@@ -373,34 +373,39 @@ def _written_units(store: GraphStore, parcellation: Parcellation, units: Units, 
 
 def write_region_circuit(
     store: GraphStore, run: str, parcellation: Parcellation, units: Units, edges: Sequence[tuple[int, int]] | IntArray, weights: FloatArray,
-    *, level: int | None = None, output: str = "y", threshold: float | None = None, task: str | None = None,
+    *, strengths: FloatArray | None = None, level: int | None = None, output: str = "y", threshold: float | None = None, task: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> str:  # fmt: skip
     """A `Circuit` whose nodes are blocks, with its `IN_CIRCUIT` and `CIRCUIT_EDGE`s; returns its key. Idempotent.
 
-    edges: (n, 2) source and target units. weights: (n + 1, n + 1), the attribution between units, of which the edges' are kept. threshold: the
-    least magnitude that was kept, where there is one. Blocks and run must have been written. Scores are written by `scores.write_scores`.
+    edges: (n, 2) source and target units. weights: (n + 1, n + 1), the mean attribution between units, of which the edges' are kept. strengths: the
+    numbers that edges were chosen by, mean magnitudes; |weights| unless given. threshold: the least of them that was kept, where there is one.
+    settings: what else determined the attributions (the baseline), JSON-able; with blocks and edges it makes the key, which rounding of the weights
+    does not change. Blocks and run must have been written. Scores are written by `scores.write_scores`.
     """
     ends = np.unique(np.asarray(edges, dtype=np.int64).reshape(-1, 2), axis=0)
     blocks = _written_units(store, parcellation, units, level, output)
     keys = blocks["key"].to_list()
     weight = np.asarray(weights, dtype=np.float64)[ends[:, 0], ends[:, 1]]
     listed = [(keys[source], keys[target]) for source, target in ends.tolist()]
-    content = json.dumps(["regions", parcellation.key, run, level, listed, [float(w).hex() for w in weight]])
+    strength = np.abs(weight) if strengths is None else np.asarray(strengths, dtype=np.float64)[ends[:, 0], ends[:, 1]]
+    by = "weight_sum" if strengths is None else "abs_sum"
+    content = _json({"parcellation": parcellation.key, "run": run, "level": level, "by": by, "edges": listed, **(settings or {})})
     key = hashlib.sha256(content.encode()).hexdigest()[:24]
     nodes = np.unique(ends)
     roots = {site.name for site in units.graph.sites if site != OUTPUT and not units.graph.parents(site)}
     role = ["output" if unit == units.output else "input" if blocks["site"][unit] in roots else "inner" for unit in nodes.tolist()]
     n_nodes, n_edges = len(nodes), len(ends)
     row = {
-        "key": key, "run": run, "threshold": threshold, "by": "abs_sum", "n_nodes": n_nodes, "n_edges": n_edges,
+        "key": key, "run": run, "threshold": threshold, "by": by, "n_nodes": n_nodes, "n_edges": n_edges,
         "average_degree": 2 * n_edges / n_nodes if n_nodes else 0.0, "density": 2 * n_edges / (n_nodes * (n_nodes - 1)) if n_nodes > 1 else 0.0,
         "task": task, "description": f"blocks of parcellation {parcellation.key} ({parcellation.method})",
-        "settings": _json({"parcellation": parcellation.key, "level": level, "output": output}),
+        "settings": _json({"parcellation": parcellation.key, "level": level, "output": output, **(settings or {})}),
     }  # fmt: skip
     store.merge_nodes("Circuit", pl.DataFrame([row]))
     store.merge_edges("OF_RUN", pl.DataFrame({"source": [key], "target": [run]}))
     members = {"source": [keys[unit] for unit in nodes.tolist()], "target": [key] * n_nodes, "role": role}
     store.merge_edges("IN_CIRCUIT", pl.DataFrame(members, schema=dict.fromkeys(members, pl.String)))
     links = pl.DataFrame(listed, schema={"source": pl.String, "target": pl.String}, orient="row")
-    store.merge_edges("CIRCUIT_EDGE", links.with_columns(circuit=pl.lit(key), weight=pl.Series(weight), strength=pl.Series(np.abs(weight))))
+    store.merge_edges("CIRCUIT_EDGE", links.with_columns(circuit=pl.lit(key), weight=pl.Series(weight), strength=pl.Series(strength)))
     return key

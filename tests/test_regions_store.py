@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -28,6 +29,8 @@ from featlas.queries.blocks import blocks_of, drives_of, members_of
 from featlas.queries.schema import block_key, feature_key, partition_key
 from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import GraphStore, ServerCredentials, UnknownEndpoint, open_graph
+from featlas.region_verdict import RegionTests, sweep_subject
+from featlas.regions import at_level
 
 from .region_cases import MODEL, SEQUENCES, TOKENS, random_weights, site_partition, small_parcellation, small_samples, small_units
 from .servers import Neo4jTestServer
@@ -292,3 +295,35 @@ def test_a_circuit_of_blocks(store: GraphStore) -> None:
     assert set(links) == {(blocks[u], blocks[v], weights[u, v], abs(weights[u, v])) for u, v in edges}
     with pytest.raises(NotRestored, match="blocks of parcellation p1"):
         read_circuit(store, key)
+
+
+def test_values_of_other_levels_and_rankings_are_kept_apart() -> None:
+    given, study = small_parcellation(), SimpleNamespace(run=SimpleNamespace(key="r1"))
+    verdict = lambda mean: SimpleNamespace(study=study, options=RegionTests(per_member=mean))
+    coarse = at_level(given, 1)
+    subjects = [sweep_subject(verdict(mean), own) for own in (given, coarse) for mean in (False, True)]
+    assert len(set(subjects)) == 4
+    assert subjects[0] == sweep_subject(verdict(False), at_level(given, None)) == "r1:p1@0,1"
+
+
+def test_a_circuit_of_blocks_has_the_strengths_it_was_cut_by_and_one_key_whatever_the_rounding(store: GraphStore) -> None:
+    given = small_parcellation()
+    units = small_units(given)
+    write_regions(store, given)
+    edges = [(0, units.at(units.graph.sites[1])[0]), (units.at(units.graph.sites[1])[0], units.output)]
+    weights = np.zeros((len(units) + 1, len(units) + 1))
+    strengths = weights.copy()
+    for i, end in enumerate(edges):
+        weights[end], strengths[end] = -0.5 * i, 2.0 + i  # signs that change from sequence to sequence cancel in the mean
+    write = lambda values, baseline: write_region_circuit(
+        store, "r1", given, units, edges, values, strengths=strengths, settings={"baseline": baseline}
+    )
+    key = write(weights, "zero")
+    assert write(weights * (1 + 1e-9), "zero") == key
+    assert write(weights, "counterfactual") != key
+    links = store.read_edges("CIRCUIT_EDGE").filter(pl.col("circuit") == key)
+    assert sorted(links["strength"].to_list()) == [2.0, 3.0]
+    assert sorted(links["weight"].to_list()) == pytest.approx([-0.5, 0.0], rel=1e-6)
+    row = store.query("MATCH (c:Circuit) WHERE c.key = $key RETURN c.by AS how, c.settings AS settings", {"key": key})
+    assert row["how"].item() == "abs_sum"
+    assert json.loads(row["settings"].item())["baseline"] == "zero"
