@@ -108,7 +108,7 @@ def attributions(
         prepared = prepare(study.binding, study.dictionaries, batch, settings_of(study), study.moments, study.target)
         for site, features, errors in node_attributions(prepared):
             per_sequence = torch.cat([features.sum(dim=1), errors.sum(dim=1)[:, None]], dim=1)  # (batch, d_sae + 1)
-            parts.setdefault(site, []).append(sparse.csr_matrix(per_sequence.double().cpu().numpy()))
+            parts.setdefault(site, []).append(sparse.csr_matrix(per_sequence.cpu().double().numpy()))
         own = [pair.task for pair in batch.pairs]
         for one in sums:
             one.add(attribute_units(prepared, one.units).cpu().numpy(), own)

@@ -289,10 +289,11 @@ def drive_table(contestant: Contestant, values: pl.DataFrame, *, bootstrap: Boot
 def removal_matrix(values: pl.DataFrame, contestants: Sequence[Contestant], *, bootstrap: Bootstrap = DEFAULT_BOOTSTRAP) -> pl.DataFrame:
     """What each task loses without each unit, as `MATRIX`; `values` of one metric, measured by `removals`."""
     table = faithfulness(values, by=("task", "draw"), averaging=(Averaging.RATIO_OF_MEANS,), bootstrap=bootstrap)
+    cut = {key: own["size"].unique().sort().to_list() for key, own in _by_partition(values)}
     names = pl.DataFrame(
         [
             {"method": c.method, "draw": c.draw, "size": unit, "removed": c.units.names[unit], "n_features": int(c.live[unit])}
-            for c in contestants for unit in range(len(c.units))
+            for c in contestants for unit in cut.get((c.method, c.draw), [])
         ],
         schema={"method": pl.String, "draw": pl.Int64, "size": pl.Int64, "removed": pl.String, "n_features": pl.Int64},
     )  # fmt: skip
