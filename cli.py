@@ -1353,6 +1353,7 @@ from . import (  # noqa: E402 - at the end: they register their commands on this
     cli_heads,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401
+    cli_vision,  # noqa: F401
 )
 
 if __name__ == "__main__":

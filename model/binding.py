@@ -174,8 +174,9 @@ def unwrap(model: Any) -> nn.Module:
 class Network(ABC):
     """A network seen as sites and local functions: all that clean runs, ablation and attribution ask of a model.
 
-    layers: what makes each `resid_l`, n_layers of them. d_model: the width of the residual stream; where sites differ, that of the widest. n_heads, d_heads: 0 without
-    attention. chain: plain layers, each reading the one before (`SiteGraph.chain`). `tokens` (batch, pos) are whatever its input is numbered by.
+    layers: what makes each `resid_l`, n_layers of them. d_model: the width of the residual stream; where sites differ, that of the widest.
+    n_heads, d_heads: 0 without attention. chain: plain layers, each reading the one before (`SiteGraph.chain`). `tokens` (batch, pos) are whatever
+    its input is numbered by.
     """
 
     module: nn.Module
