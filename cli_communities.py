@@ -44,8 +44,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from .analysis.communities import Communities, CommunityOptions, EffectiveGraph
-    from .analysis.community_ablation import Tested
-    from .analysis.community_study import CommunityStudy
     from .analysis.study import Study
     from .queries.store import GraphStore
 
@@ -110,6 +108,7 @@ def analyze_communities_command(
     from .analysis.community_nulls import Weights
     from .analysis.community_records import write_communities
     from .analysis.community_study import StudyOptions, as_json_value, study_communities
+    from .analysis.region_gallery import communities_page
     from .analysis.study import METRICS
     from .queries.subgraphs import find_run
 
@@ -149,8 +148,7 @@ def analyze_communities_command(
                 )
         # shown and saved first: what was measured is not lost where writing fails
         save_result(output, lambda file: _save(show_communities.frame(result), file))
-        if tested is not None and study is not None:
-            save_page(gallery, lambda: _page(tested, result, study))
+        save_page(gallery, lambda: communities_page(result, tested))
         written = None
         if as_json:
             console.say_json(as_json_value(result, tested))
@@ -193,17 +191,3 @@ def _save(frame: Any, path: Path) -> None:
         frame.write_csv(path)
     else:
         frame.write_parquet(path)
-
-
-def _page(tested: "Tested", result: "CommunityStudy", study: "Study") -> str:
-    """Task × community as one page."""
-    from .analysis.community_ablation import Treatment, removal_table
-    from .analysis.gallery import gallery, removal_exhibit
-
-    fixed = f"{result.communities.method.value}; {tested.metric}, baseline {tested.baseline}, {tested.n_tested} held-out sequences"
-    exhibits = [
-        removal_exhibit(removal_table(tested, treatment), f"community {treatment.value}; {fixed}", quantity="φ", name=f"communities-{place}")
-        for place, treatment in enumerate(Treatment)
-    ]
-    settings = [("run", result.run.key), ("graph", result.graph.description), ("baseline", tested.baseline), ("seed", str(result.options.seed))]
-    return gallery(exhibits, f"Communities of {result.run.task}", subtitle=study.model.key, settings=settings)

@@ -8,6 +8,7 @@ import polars as pl
 import typer
 
 from . import console
+from .cli_ablation import Gallery, save_page
 from .errors import UserError
 from .options import (
     DEFAULT_ATLAS,
@@ -97,11 +98,13 @@ def analyze_heads_command(
     batch_size: BatchSize = 8,
     skip_invalid: SkipInvalid = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save every feature's head, as .parquet or .csv.")] = None,
+    gallery: Gallery = None,
     atlas: Atlas = DEFAULT_ATLAS,
     as_json: Json = False,
 ) -> None:
     """Which attention head each feature of a site belongs to, how clearly, and whether the blocks of a parcellation are heads."""
     from .analysis.heads import alluvial, overlap
+    from .analysis.region_gallery import heads_page
     from .ingest.head_attribution import writing_layers
     from .ingest.ranges import check_numbers
     from .model.binding import bind
@@ -111,6 +114,8 @@ def analyze_heads_command(
     check_numbers(steps=steps, memory=memory_bytes(memory), limit=limit, batch_size=batch_size)
     if output is not None and output.suffix not in (".parquet", ".csv"):
         raise BadOutput(f"--output {output} is neither .parquet nor .csv")
+    if gallery is not None and parcellation is None:
+        raise NoParcellations("--gallery draws regions beside heads: name regions by --parcellation, latest for those found last")
     at = parse_site(site)
     named = {*split_names(sites or ""), at.name} if sites or dictionaries in (IDENTITY, IDENTITY_HEADS) else None
     loaded, found = load_named(model, dictionaries, ",".join(sorted(named)) if named else None, device, dtype, bos)
@@ -132,6 +137,10 @@ def analyze_heads_command(
     if output is not None:
         with console.saving(output):
             features.write_parquet(output) if output.suffix == ".parquet" else features.write_csv(output)
+    if blocks is not None and compared is not None:
+        regions, drawn = blocks, compared
+        settings = [("model", loaded.key), ("dictionary", found[at].id), ("method", chosen), ("permutations", f"{draws:,}"), ("seed", str(seed))]
+        save_page(gallery, lambda: heads_page(regions, shares, drawn, settings=settings))
     if as_json:
         console.say_json(_as_json(shares, compared, flows))
     else:

@@ -136,7 +136,7 @@ def correlation_figure(
         go.Heatmap(  # bytes: a matrix of a thousand features stays small in a page
             z=np.rint(127 * np.clip(drawn / reach, -1, 1)).astype(np.int8), zmin=-127, zmax=127, colorscale=DIVERGING, hoverinfo="skip", name="cells",
             colorbar={
-                "title": {"text": "mean r<br> " if n > cells else "r<br> ", "side": "top"}, "outlinewidth": 0, "thickness": 14,
+                "title": {"text": ("mean r" if n > cells else "r") + "<br> <br> ", "side": "top"}, "outlinewidth": 0, "thickness": 14,
                 "tickvals": [127 * tick / reach for tick in ticks],
                 "ticktext": [("≥ " if t == reach < 1 else "≤ " if t == -reach > -1 else "") + _signed(t, ".3g") for t in ticks],
             },
@@ -458,7 +458,7 @@ def task_block_figure(
     beyond = int((rows["value"].abs() > 1).sum())
     note = "Bold: the 95 % interval leaves out 0. Below 0 the task does better without the block."
     notes = [note, f"{beyond} cells lie beyond ±1: the colour ends there." if beyond else ""]
-    style(figure, title, subtitle or stated(matrix), max(430, 250 + 25 * len(removed)), notes=notes)
+    style(figure, title, subtitle or stated(matrix.drop("task")), max(430, 250 + 25 * len(removed)), notes=notes)
     figure.update_layout(boxmode="group", boxgap=0.25, boxgroupgap=0.15, margin_t=140, plot_bgcolor="white")
     above = 1 + 30 / (figure.layout.height - 140 - figure.layout.margin.b)
     figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": above, "yanchor": "bottom"})
@@ -621,6 +621,7 @@ def selectivity_figure(table: pl.DataFrame, *, title: str = "", subtitle: str = 
     figure = make_subplots(cols=3, shared_yaxes=True, horizontal_spacing=0.05, column_titles=[name for name, _, _ in _SELECTIVITY.values()])
     for column, (name, (_, low, high)) in enumerate(_SELECTIVITY.items(), 1):
         shown = rows.with_row_index("at").filter(pl.col("method") != methods[0]) if name == "difference" else rows.with_row_index("at")
+        shown = shown.drop_nulls(name)  # where blocks break nothing that is told from noise
         bars = {"type": "data", "symmetric": False, "array": shown[high] - shown[name], "arrayminus": shown[name] - shown[low]}
         pens = [partition_pen(methods[i]) for i in shown["at"]]
         hover = "<b>%{customdata[0]}</b>, %{customdata[3]} blocks<br>%{x:.3f}, 95 %: %{customdata[1]:.3f} … %{customdata[2]:.3f}<extra></extra>"
@@ -631,7 +632,7 @@ def selectivity_figure(table: pl.DataFrame, *, title: str = "", subtitle: str = 
             customdata=shown.select(pl.col("method").map_elements(html.escape, pl.String), low, high, "n_blocks").rows(),
         )  # fmt: skip
         figure.add_trace(marks, row=1, col=column)
-        ends = [0.0, *shown[low], *shown[high], *shown[name]]
+        ends = [0.0, *(end for column_of in (low, high, name) for end in shown[column_of].drop_nulls())]
         pad = 0.07 * (max(ends) - min(ends) or 1.0)
         figure.update_xaxes(range=[min(ends) - pad, max(ends) + pad], row=1, col=column)
         figure.add_vline(x=0, line={"color": INK, "width": 1.2}, layer="below", row=1, col=column)
