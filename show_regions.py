@@ -1,6 +1,6 @@
 """Regions of interest as tables that a person reads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import console
@@ -46,12 +46,27 @@ def show_regions(regions: "Regions", n: int) -> None:
         "r and cos: mean correlation, and cosine of decoder rows, over pairs of features inside and across regions; r ~ cos: their rank correlation\n"
         "over pairs; AMI: agreement with clusters of the decoder's rows (0 by chance, 1 the same); chance: is it more than in shuffled samples?"
     )
+    for said in stood_in(parcellation.sites.values()):
+        console.say(said)
     for name, own in parcellation.sites.items():
         _show_site(regions, own, n)
         others = [f"{level.n_blocks} ({level.rule})" for i, level in enumerate(own.levels) if i != own.chosen and len(level.labels)]
         if others:
             console.say(f"other levels of {name} that are kept: {'; '.join(others)}")
     console.say(f"\nnext: featlas query regions --param parcellation={parcellation.key[:8]}")
+
+
+def stood_in(sites: Iterable["SitePartition"]) -> list[str]:
+    """What is to be said of sites where another method stood in for the one asked for, each reason once."""
+    found: dict[str, list[str]] = {}
+    for own in sites:
+        notes = own.notes
+        if "instead_of" in notes:
+            found.setdefault(f"the dense block model instead of {notes['instead_of']}: {notes['reason']}", []).append(own.site)
+        elif "refits_instead_of" in notes:
+            said = f"halves or shuffled samples by the dense block model, their scores do not compare: {notes['refits_reason']}"
+            found.setdefault(said, []).append(own.site)
+    return [f"{', '.join(sites)}: {said}" for said, sites in found.items()]
 
 
 def _site_line(own: "SitePartition", row: Mapping[str, Any] | None) -> tuple[object, ...]:

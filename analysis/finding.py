@@ -127,12 +127,13 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
     how = _partition_options(samples.site, features, options)
     path = partition(options.method, whole, how)
     progress(f"{samples.site}: levels")
-    scores = scored(path, (first, second), refit=_refit(how, options.method))
+    stood_in: list[str] = []
+    scores = scored(path, (first, second), refit=_refit(how, options.method, stood_in))
     while _starts_too_coarse(path, scores, options):
         how = replace(how, n_blocks=min(2 * int(path.n_blocks[0]), len(features)))
         path = partition(options.method, whole, how)
-        scores = scored(path, (first, second), refit=_refit(how, options.method))
-    refit = _refit(how, options.method)
+        scores = scored(path, (first, second), refit=_refit(how, options.method, stood_in))
+    refit = _refit(how, options.method, stood_in)
     notes["seconds_partition"] = round(time.perf_counter() - started, 3)
     notes |= {name: value for name, value in path.info.items() if name != "seconds"}
     rule = Rule.GIVEN if (wanted := _wanted_blocks(samples.site, options)) is not None and options.rule is Rule.GIVEN else options.rule
@@ -149,9 +150,11 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
             "significant": bool(verdict.significant), "gain": verdict.gain, "null_gains": list(verdict.null_gains), "p": verdict.p,
             "seconds_null": round(time.perf_counter() - started, 3),
         }  # fmt: skip
+        notes |= _of_others(path, stood_in)
         if not verdict.significant:
             notes["verdict"] = "no more than in shuffled samples: one block"
             return _one_block(samples, features, notes, scores)
+    notes |= _of_others(path, stood_in)
     levels, chosen = _levels(path, scores, at, rule, options)
     return SitePartition(samples.site, samples.dictionary, samples.d_sae, features, levels, chosen, scores, notes)
 
@@ -187,13 +190,21 @@ def _partition_options(site: str, features: IntArray, options: FindingOptions) -
     )  # fmt: skip
 
 
-def _refit(options: PartitionOptions, method: PartitionMethod) -> Callable[[FloatArray], PartitionPath]:
-    """The same method on the Fisher weights of a half of the samples."""
+def _of_others(path: PartitionPath, stood_in: list[str]) -> dict[str, Any]:
+    """What is to be said where halves or shuffled samples were partitioned by another method than the samples: their scores do not compare."""
+    return {"refits_instead_of": len(stood_in), "refits_reason": stood_in[0]} if stood_in and "instead_of" not in path.info else {}
+
+
+def _refit(options: PartitionOptions, method: PartitionMethod, stood_in: list[str]) -> Callable[[FloatArray], PartitionPath]:
+    """The same method on the Fisher weights of a half of the samples. Where another stands in for it, the reason is added to `stood_in`."""
 
     def fitted(weights: FloatArray) -> PartitionPath:
         r = np.tanh(weights / 2)
         np.fill_diagonal(r, 1.0)
-        return partition(method, r, options)
+        path = partition(method, r, options)
+        if "instead_of" in path.info:
+            stood_in.append(str(path.info["reason"]))
+        return path
 
     return fitted
 
