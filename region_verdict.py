@@ -31,6 +31,7 @@ from .analysis.region_study import (
     SHARES,
     Contestant,
     Drives,
+    NothingToTest,
     UnitCircuit,
     cutting_circuits,
     drive_removals,
@@ -159,6 +160,9 @@ def partitions(
     Sites that the first parcellation does not partition are one unit for all their features, in every partition.
     """
     first = next(iter(parcellations.values()))
+    sites = [site.name for site in study.dictionaries]
+    if not set(sites) & set(first.sites):
+        raise NothingToTest(f"regions {first.key} are of {', '.join(first.sites)}, and run {study.run.key} is of {', '.join(sites)}: none in common")
     found = {(name, 0): own.units(study.graph, study.dictionaries) for name, own in parcellations.items()}
     blocks = {name: own.labels_of() for name, own in first.sites.items()}
     for draw in range(draws):
@@ -226,6 +230,8 @@ class RegionTests:
 
     def check(self) -> None:
         """Raise a `UserError` for a number out of range."""
+        if not self.shares:
+            raise UserError("--shares is empty: give numbers above 0 and at most 1, such as 0.1,0.3,1")
         for name, shares in (("--shares", self.shares), ("--edge-shares", self.edge_shares)):
             if bad := [share for share in shares if not 0 < share <= 1]:
                 raise UserError(f"{name} {bad[0]:g} is no share to keep: give numbers above 0 and at most 1")

@@ -387,3 +387,10 @@ def test_a_task_without_effect_counts_nothing() -> None:
     full = np.array([[3.0] * 20, [3.0] * 20, [-1.0] * 20])
     row = of_method(selectivity(values_of({(REGIONS, 0): losses("one", blocks=2)}, full=full), bootstrap=FEW))
     assert row["value"] == pytest.approx(1.0)
+
+
+def test_halves_of_one_sequence_have_no_intervals() -> None:
+    lost = losses("one", noise=0.05, sequences=3) + 0.1
+    row = of_method(selectivity(values_of({(REGIONS, 0): lost}), bootstrap=FEW))
+    assert row["value"] == pytest.approx(naive_selectivity(lost, np.full((3, 3), 4.0))[0])
+    assert [row["low"], row["high"], row["impact_low"]] == [None, None, None]
