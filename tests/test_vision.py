@@ -406,7 +406,8 @@ def class_values(accuracies):
     rows = [
         {
             "method": method, "ablation": "node", "part": part, "size": ranking, "draw": 0, "metric": "accuracy", "baseline": "mean",
-            "split": "held-out", "sequence": f"{task}-{image}", "task": f"digit {task}", "value": float(image < 4 * accuracy), "full": 1.0, "empty": 0.5,
+            "split": "held-out", "sequence": f"{task}-{image}", "task": f"digit {task}", "value": float(image < 4 * accuracy),
+            "full": 1.0, "empty": 0.5,
         }
         for method, parts in accuracies.items() for part, table in parts.items() for ranking, per_task in enumerate(table)
         for task, accuracy in enumerate(per_task) for image in range(4)
