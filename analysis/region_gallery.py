@@ -152,7 +152,7 @@ def regions_page(
         if len(own.features) > 1 and correlations is not None:
             exhibits.append(correlation_exhibit(own, correlations(name), kind=f"{kind} correlation"))
     said = [("parcellation", parcellation.key), ("samples", parcellation.samples), ("model", parcellation.model), ("method", parcellation.method)]
-    said += [(name, str(value)) for name, value in parcellation.settings.items() if name != "method" and value not in (None, {}, ())]
+    said += [(name, str(value)) for name, value in parcellation.settings.items() if name != "method" and str(value) not in ("None", "{}", "[]")]
     return gallery(
         exhibits, f"Regions of {parcellation.model.partition('@')[0]}", settings=[*said, *settings], commands=commands,
         subtitle=f"{parcellation.method} of {parcellation.basis}s, parcellation {parcellation.key}",
