@@ -65,6 +65,11 @@ class FindingOptions:
         for name, value, least in (("--min-count", self.min_count, 1), ("--min-sequences", self.min_sequences, 1), ("--nulls", self.nulls, 0)):
             if value < least:
                 raise UserError(f"{name} {value} is too small: give at least {least}")
+        for name, given, least in (("--level", self.n_blocks, 1), ("--neighbours", self.neighbours, 1)):
+            if given is not None and given < least:
+                raise UserError(f"{name} {given} is too small: give at least {least}")
+        if not self.seconds > 0:
+            raise UserError(f"--seconds {self.seconds:g} is no time: give a number above 0")
         if 0 < self.nulls < FEWEST_SHUFFLES:
             raise UserError(f"--nulls {self.nulls} is too small: give at least {FEWEST_SHUFFLES}, whose spread says what is chance, or 0 for none")
         if self.rule is Rule.GIVEN and self.n_blocks is None and self.blocks_of is None:
