@@ -16,19 +16,20 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from .analysis.faithfulness import CIRCUIT, COMPLEMENT, DEFAULT_BOOTSTRAP, HELD_OUT, Averaging, Bootstrap, faithfulness, with_sizes
+from .analysis.correlations import correlation
+from .analysis.faithfulness import CIRCUIT, COMPLEMENT, DEFAULT_BOOTSTRAP, HELD_OUT, Averaging, Bootstrap, faithfulness
 from .analysis.finding import FindingOptions, find_parcellation, like
-from .analysis.gallery import Exhibit, gallery, removal_exhibit
+from .analysis.gallery import gallery, removal_exhibit
 from .analysis.parcellation import Parcellation
 from .analysis.partitioning import PartitionMethod
-from .analysis.plots import faithfulness_figure
+from .analysis.region_gallery import correlation_exhibit, matrix_exhibit, path_exhibits, selectivity_exhibit, sweep_exhibit
 from .analysis.region_study import REGIONS, Contestant, selectivity
 from .analysis.study import Study, StudyOptions, Trial, measure
 from .errors import UserError
@@ -294,12 +295,16 @@ def _own_and_others(found: _Resampled, part: str) -> tuple[FloatArray, FloatArra
 
 @dataclass(frozen=True, eq=False)
 class VisionVerdict:
-    """What was measured. verdict: by the tests that regions of language models go through. class_values: of `class_trials`, as `VALUES`."""
+    """What was measured. verdict: by the tests that regions of language models go through. class_values: of `class_trials`, as `VALUES`.
+
+    samples: the activations that the parcellation was found in.
+    """
 
     options: VisionOptions
     digits: Digits
     study: Study
     parcellation: Parcellation
+    samples: Sequence[SiteSamples]
     verdict: RegionVerdict
     trials: Sequence[ClassTrial]
     class_values: pl.DataFrame
@@ -382,7 +387,7 @@ def run_vision(
     among = list({pair.key: pair for pair in (*found, *tested)}.values())
     with progress("blocks of each class") as report:
         values = measure(study, tested, [one.trial for one in trials], split=HELD_OUT, among=among, progress=report)
-    return VisionVerdict(options, digits, study, parcellation, verdict, trials, values)
+    return VisionVerdict(options, digits, study, parcellation, samples, verdict, trials, values)
 
 
 def study_pairs(study: Study, digits: Digits, options: VisionOptions) -> tuple[list[Pair], list[Pair]]:
@@ -413,31 +418,25 @@ def as_json(found: VisionVerdict) -> dict[str, object]:
 
 
 def page(found: VisionVerdict) -> str:
-    """The figures as one page: accuracy by class with each class's blocks cut, class × block, accuracy by share."""
-    fixed = f"{found.options.share:.0%} of the blocks cut, baseline {found.study.baseline_name}, {found.verdict.n_tested} images not trained on"
+    """The figures as one page: accuracy by class, regions one by one, shares, selectivity, and the correlations that they were found in."""
+    regions, baseline = found.parcellation, found.study.baseline_name
+    fixed = f"{found.options.share:.0%} of the blocks, baseline {baseline}, {found.verdict.n_tested} images that it was not trained on"
     exhibits = []
-    for method in dict.fromkeys(one.method for one in found.verdict.competitors):
+    for method in dict.fromkeys(own.method for own in found.verdict.competitors):
         rows = found.class_table.filter((pl.col("method") == method) & (pl.col("part") == CUT))
-        shown = rows.select("task", pl.col("ranked_for").alias("removed"), pl.col("accuracy").alias("value"), "low", "high", "n")
-        exhibits.append(removal_exhibit(shown, f"{method}, the strongest for the class: {fixed}", name=f"classes-{method.replace(' ', '-')}"))
-    lost = found.matrix.filter(pl.col("method") == REGIONS).rename({"lost": "value"}).sort("removed", "task")
-    exhibits.append(removal_exhibit(lost, "one region cut at a time", quantity="accuracy lost", name="regions-one-by-one"))
-    exhibits.append(_shares_exhibit(found))
+        shown = rows.select("task", pl.format("{}'s", "ranked_for").alias("removed"), pl.col("accuracy").alias("value"), "low", "high", "n")
+        own = removal_exhibit(shown, fixed, name=f"classes-{method.replace(' ', '-')}")
+        exhibits.append(replace(own, title=f"Accuracy by class with each class's strongest blocks cut: {method}"))
+    table = found.verdict.table
+    exhibits += [
+        matrix_exhibit(found.verdict.matrix, f"logit difference, baseline {baseline}"),
+        sweep_exhibit(table, Metric.ACCURACY.value), selectivity_exhibit(found.selectivity, f"logit difference, baseline {baseline}"),
+        *(correlation_exhibit(regions.sites[own.site], correlation(own, regions.sites[own.site].features)) for own in found.samples),
+        *path_exhibits(regions),
+    ]  # fmt: skip
     settings = [
-        ("network", found.digits.key), ("accuracy", f"{found.accuracy:.4f}"), ("regions", found.parcellation.method),
+        ("network", found.digits.key), ("accuracy", f"{found.accuracy:.4f}"), ("regions", regions.method),
         ("share of blocks", f"{found.options.share:g}"),
-        ("images of each class", f"{found.options.attributed} attributed, {found.options.tested} tested"), ("baseline", found.study.baseline_name),
+        ("images of each class", f"{found.options.attributed} attributed, {found.options.tested} tested"), ("baseline", baseline),
     ]  # fmt: skip
     return gallery(exhibits, "Regions of a vision model", subtitle="a convolutional network on handwritten digits", settings=settings)
-
-
-def _shares_exhibit(found: VisionVerdict) -> Exhibit:
-    """Accuracy against how many live neurons are kept or cut, all classes together."""
-    values = found.verdict.values.filter(pl.col("metric") == Metric.ACCURACY.value).with_columns(task=pl.lit("digits"))
-    table = with_sizes(faithfulness(values, averaging=(Averaging.RATIO_OF_MEANS,)), found.verdict.sizes)
-    return Exhibit(
-        name="shares", title="Accuracy by share of the neurons", question="How many blocks does the network need, and how many can it lose?",
-        fixed=f"Blocks in the order of their attribution to all classes, baseline {found.study.baseline_name}.",
-        reading="φ is the share of the accuracy above the ablated network's that is left: with only the strongest blocks alive, or without them.",
-        figure=faithfulness_figure(table, title="Accuracy kept, by live neurons"), table=found.curve,
-    )  # fmt: skip
