@@ -32,6 +32,7 @@ from .region_plots import (
     likeness_figure,
     path_figure,
     selectivity_figure,
+    signed,
     sweep_figure,
     task_block_figure,
 )
@@ -44,7 +45,7 @@ SITES_ABREAST = 5
 
 
 def _number(value: float | None, form: str = ".3f") -> str:
-    return "undefined" if value is None else f"{value:{form}}".replace("-", "−")
+    return "undefined" if value is None else signed(value, form)
 
 
 def _interval(value: float | None, low: float | None, high: float | None) -> str:

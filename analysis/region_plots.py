@@ -68,7 +68,8 @@ def _partitions(frame: pl.DataFrame) -> list[str]:
     return sorted(frame["method"].unique().to_list(), key=lambda name: (order.get(name, len(order)), name))
 
 
-def _signed(value: float, form: str = ".2f") -> str:
+def signed(value: float, form: str = ".2f") -> str:
+    """A number with a proper minus, and zero without one."""
     text = f"{value:{form}}"
     return (text.replace("-", "") if not text.strip("+-0.") else text).replace("-", "−")  # no negative zero
 
@@ -138,7 +139,7 @@ def correlation_figure(
             colorbar={
                 "title": {"text": ("mean r" if n > cells else "r") + "<br> <br> ", "side": "top"}, "outlinewidth": 0, "thickness": 14,
                 "tickvals": [127 * tick / reach for tick in ticks],
-                "ticktext": [("≥ " if t == reach < 1 else "≤ " if t == -reach > -1 else "") + _signed(t, ".3g") for t in ticks],
+                "ticktext": [("≥ " if t == reach < 1 else "≤ " if t == -reach > -1 else "") + signed(t, ".3g") for t in ticks],
             },
         ),
         _pair_hovers(ordered, order, blocks, sizes, edges, features),
@@ -172,7 +173,7 @@ def _pair_hovers(
     """An invisible matrix that answers to the mouse: the means of pairs of blocks, or of few features each pair."""
     if features is not None and len(order) <= FEW:
         names = [html.escape(readable(features[i])) for i in order]
-        text = [[f"{a}<br>{b}<br>r {_signed(r, '.3f')}" for b, r in zip(names, row)] for a, row in zip(names, ordered)]
+        text = [[f"{a}<br>{b}<br>r {signed(r, '.3f')}" for b, r in zip(names, row)] for a, row in zip(names, ordered)]
         return go.Heatmap(z=ordered, text=text, hoverinfo="text", opacity=0, showscale=False, name="pairs")
     means = mean_cells(ordered, np.cumsum(sizes) - sizes)
     grid = np.meshgrid(np.arange(len(blocks)), np.arange(len(blocks)))
@@ -225,8 +226,8 @@ def path_figure(scores: pl.DataFrame, kept: pl.DataFrame, *, title: str = "", su
     note = "Marks: the levels that are kept, by the rule that names them; dotted line: the one that is used."
     style(figure, title, subtitle, 237 + 200 * n_rows, notes=[note])
     figure.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1 + 26 / (200 * n_rows), "yanchor": "bottom"}, margin_t=150)
-    most = scores.group_by("site").agg(pl.col("n_blocks").max())["n_blocks"].max() or 1
-    span = [-0.08, float(np.log10(max(int(most), 2))) + 0.12]  # type: ignore[call-overload]
+    most = max([2, *scores["n_blocks"].drop_nulls()])
+    span = [-0.08, float(np.log10(most)) + 0.12]
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if t <= 10 ** span[1]]
     ticks = ticks if n_columns <= 2 else [t for t in ticks if str(t)[0] == "1"] if most >= 40 else [t for t in ticks if str(t)[0] in "15"]
     figure.update_xaxes(type="log", range=span, tickvals=ticks, ticktext=[f"{t:,}" for t in ticks])
@@ -390,7 +391,7 @@ def likeness_figure(blocks: pl.DataFrame, sites: pl.DataFrame, *, title: str = "
     """
     names = [site for site in sites["site"].to_list() if blocks.filter(pl.col("site") == site)["mean_cosine"].drop_nulls().len()]
     known = sites.filter(pl.col("site").is_in(names))
-    number = lambda value: "undefined" if value is None else _signed(value)
+    number = lambda value: "undefined" if value is None else signed(value)
     figure = make_subplots(
         cols=max(len(names), 1), shared_yaxes=True, shared_xaxes="all", horizontal_spacing=0.025,
         column_titles=[
@@ -491,17 +492,17 @@ def _loss_text(value: float | None, low: float | None, high: float | None, *, wi
     if value is None:
         return "–"
     decided = low is not None and high is not None and (low > 0 or high < 0)
-    interval = f" <span style='font-size:10.5px'>({_signed(low)} … {_signed(high)})</span>" if wide and low is not None and high is not None else ""
-    return (f"<b>{_signed(value)}</b>" if decided else _signed(value)) + interval
+    interval = f" <span style='font-size:10.5px'>({signed(low)} … {signed(high)})</span>" if wide and low is not None and high is not None else ""
+    return (f"<b>{signed(value)}</b>" if decided else signed(value)) + interval
 
 
 def _loss_hover(
     name: str, size: int, value: float | None, low: float | None, high: float | None, lost: float | None, n: int | None
 ) -> str:
-    interval = "" if low is None or high is None else f"<br>95 %: {_signed(low, '.3f')} … {_signed(high, '.3f')}"
-    metric = "" if lost is None else f"<br>{_signed(lost, '.3g')} in the metric's units"
+    interval = "" if low is None or high is None else f"<br>95 %: {signed(low, '.3f')} … {signed(high, '.3f')}"
+    metric = "" if lost is None else f"<br>{signed(lost, '.3g')} in the metric's units"
     what = f"<b>{html.escape(name)}</b>, {size:,} live features"
-    share = "undefined" if value is None else _signed(value, ".3f")
+    share = "undefined" if value is None else signed(value, ".3f")
     return f"{what}<br>lost {share}{interval}{metric}" + ("" if n is None else f"<br>{n:,} sequences")
 
 
@@ -626,7 +627,7 @@ def selectivity_figure(table: pl.DataFrame, *, title: str = "", subtitle: str = 
         pens = [partition_pen(methods[i]) for i in shown["at"]]
         hover = "<b>%{customdata[0]}</b>, %{customdata[3]} blocks<br>%{x:.3f}, 95 %: %{customdata[1]:.3f} … %{customdata[2]:.3f}<extra></extra>"
         marks = go.Scatter(
-            x=shown[name], y=shown["at"], mode="markers+text", text=[f"<b>{_signed(value)}</b>" for value in shown[name]], textposition="top center",
+            x=shown[name], y=shown["at"], mode="markers+text", text=[f"<b>{signed(value)}</b>" for value in shown[name]], textposition="top center",
             error_x=bars | {"color": "#8c959f", "thickness": 1.6, "width": 5}, name=name, cliponaxis=False, hovertemplate=hover,
             marker={"size": 11, "color": [pen.colour for pen in pens], "symbol": [pen.symbol for pen in pens]},
             customdata=shown.select(pl.col("method").map_elements(html.escape, pl.String), low, high, "n_blocks").rows(),
@@ -670,28 +671,27 @@ def drives_figure(drives: pl.DataFrame, nodes: pl.DataFrame, *, title: str = "",
         figure.add_trace(trace, row=1, col=1)
     note = "An edge is as wide as the root of its attribution's size; a circle's area is its number of live features. Grey: units without any."
     style(figure, title, subtitle, 210 + 104 * max(len(sites), 3), notes=[note])
-    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0, "yanchor": "top", "yref": "paper"}, margin_t=130, margin_b=110)
-    figure.layout.legend.update(y=-0.02)
-    for note in _unit_names(used, x, y):
-        figure.add_annotation(**note, row=1, col=1)
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": -0.02, "yanchor": "top"}, margin_t=130, margin_b=110)
+    for under in _unit_names(used, x, y):
+        figure.add_annotation(**under, row=1, col=1)
     figure.update_xaxes(visible=False, range=[-0.08, 1.08], row=1, col=1)
-    rows = {"tickvals": list(range(len(sites))), "ticktext": [html.escape(site) for site in sites], "range": [-0.6, len(sites) - 0.5]}
-    figure.update_yaxes(**rows, showline=False, row=1, col=1)
+    levels = {"tickvals": list(range(len(sites))), "ticktext": [html.escape(site) for site in sites], "range": [-0.6, len(sites) - 0.5]}
+    figure.update_yaxes(**levels, showline=False, row=1, col=1)
     _add_effects(figure, drives, text)
     return figure
 
 
 def _rank_text(drives: pl.DataFrame) -> str:
     rank = drives.select(pl.corr("weight", "effect", method="spearman")).item() if drives.height > 2 else None
-    return f"rank correlation {'undefined' if rank is None or np.isnan(rank) else _signed(rank)} over {drives.height} edges"
+    return f"rank correlation {'undefined' if rank is None or np.isnan(rank) else signed(rank)} over {drives.height} edges"
 
 
 def _drive_hover(one: Mapping[str, object], labels: Mapping[str, str]) -> str:
     name = lambda key: html.escape(readable(labels.get(str(one[key]), str(one[key])), 60))
     known = one["low"] is not None and one["high"] is not None
-    interval = f" (95 %: {_signed(one['low'], '+.3g')} … {_signed(one['high'], '+.3g')})" if known else ""  # type: ignore[arg-type]
-    effect = "undefined" if one["effect"] is None else _signed(one["effect"], "+.3g") + interval  # type: ignore[arg-type]
-    attributed = f"attribution {_signed(one['weight'], '+.3g')}, {_signed(one['per_member'], '+.2e')} per pair of members"  # type: ignore[arg-type]
+    interval = f" (95 %: {signed(one['low'], '+.3g')} … {signed(one['high'], '+.3g')})" if known else ""  # type: ignore[arg-type]
+    effect = "undefined" if one["effect"] is None else signed(one["effect"], "+.3g") + interval  # type: ignore[arg-type]
+    attributed = f"attribution {signed(one['weight'], '+.3g')}, {signed(one['per_member'], '+.2e')} per pair of members"  # type: ignore[arg-type]
     return f"<b>{name('source')} → {name('target')}</b><br>{attributed}<br>measured effect {effect}<br>{one['n']} sequences"
 
 
