@@ -1,5 +1,8 @@
 """What ablation says of regions, as tables that a person reads."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import polars as pl
 
 from . import console
@@ -35,7 +38,10 @@ def _partitions(verdict: RegionVerdict) -> str:
     said = ", ".join(f"{method} ({n:,})" for method, n in counts.items())
     whole = [name.removesuffix("/all") for name in verdict.regions.units.names if name.endswith("/all")]
     rest = f"; all features of {', '.join(whole)}, which was not partitioned, are one unit in every partition" if whole else ""
-    return f"{said}; error nodes, and each site's dead features together, are units too, and are ranked, kept and cut like them{rest}"
+    return (
+        f"{said}; error nodes, and each site's dead features together, are units too: edges join them as the others, but they "
+        f"are not chosen and stay alive whatever is kept or cut by nodes{rest}"
+    )
 
 
 def _rows(verdict: RegionVerdict, ablation: Ablation, part: str) -> pl.DataFrame:
@@ -50,19 +56,20 @@ def _show_kept(verdict: RegionVerdict, part: str, title: str) -> None:
         return
     console.heading(title)
     methods = list(dict.fromkeys(own.method for own in verdict.competitors))
-    cells = {(method, share): (value, low, high, units) for method, share, value, low, high, units in
-             rows.select("method", "share", "value", "low", "high", "n_units").iter_rows()}  # fmt: skip
+    cells = {(method, share): found for method, share, *found in
+             rows.select("method", "share", "value", "low", "high", "n_units", "n_features").iter_rows()}  # fmt: skip
     shares = sorted({share for _, share in cells})
     shown = lambda method, share: _cell(cells.get((method, share)))
     console.table(("share of live features", *methods), [(f"{share:.0%}", *(shown(method, share) for method in methods)) for share in shares])
-    console.say("in brackets the interval, then how many units that takes" + (" (means over draws)" if verdict.options.random_draws > 1 else ""))
+    draws = " (means over draws)" if verdict.options.random_draws > 1 else ""
+    console.say(f"in brackets the interval, then how many units that takes and how many live features they have{draws}")
 
 
-def _cell(found: tuple[float | None, float | None, float | None, float] | None) -> str:
+def _cell(found: Sequence[Any] | None) -> str:
     if found is None:
         return ""
-    value, low, high, units = found
-    return f"{number(value, low, high)} {units:,.0f}"
+    value, low, high, units, features = found
+    return f"{number(value, low, high)} {units:,.0f} / {features:,.0f}"
 
 
 def _show_compared(verdict: RegionVerdict) -> None:
@@ -112,7 +119,8 @@ def _show_matrix(verdict: RegionVerdict, names: dict[str, str], n: int) -> None:
         value = pl.col("value")
         most = control.group_by("task").agg(value.mean().alias("mean"), value.abs().max().alias("most")).sort("task")
         said = ", ".join(f"{task} {mean:.3f} (at most {top:.3f})" for task, mean, top in most.iter_rows() if mean is not None)
-        console.say(f"random blocks of the same sizes lose on average {said}".replace("-", "−"))
+        known = (said or "nothing defined").replace("-", "−")
+        console.say(f"without one of the strongest blocks of random partitions with the same sizes, on average: {known}")
 
 
 def _show_selectivity(verdict: RegionVerdict) -> None:

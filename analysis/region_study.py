@@ -1,12 +1,11 @@
 """Regions put to the test: is a set of features that fire together also a part of the model that does something?
 
 Every partition of the model's nodes is put to the same tests, by the same engine: regions of interest, attention heads where the sites have
-them, single features, random blocks of equal sizes. Error nodes, dead features, and all of a site that was not partitioned are units of their
-own, and are ranked, kept and cut like the others.
+them, single features, random blocks of equal sizes. Error nodes, dead features, and all of a site that was not partitioned are units of their own.
 
 1. `keeping`: only the units of greatest attribution are alive (node ablation), by growing share of the live features; the complement is the
-   model with those units cut, in order of attribution.
-2. `region_circuits`: circuits of units, the strongest edges between them, pruned (edge ablation).
+   model with those units cut, in order of attribution. Units without live features stay alive in both.
+2. `region_circuits`: circuits of units, the strongest edges between them, error nodes' among them, pruned (edge ablation).
 3. `removals`: one unit at a time at its baseline, and what each task loses: the task × block matrix; `drive_removals` cuts one edge between
    units at a time.
 4. `selectivity`: how much of what a block breaks is one task's alone, beside random blocks of the same sizes.
@@ -158,20 +157,24 @@ class Kept:
 def keeping(contestant: Contestant, shares: Sequence[float] = SHARES, *, per_member: bool = False) -> list[Kept]:
     """Only the strongest units alive, each time until they hold a share of the live features; at share 1 every unit that has any attribution.
 
-    Units without live features (error nodes) come as their attribution ranks them. The trial's size is the share's number of features, rounded up,
-    so that partitions are compared at equal sizes as near as whole units allow; of shares with the same number the greatest counts. Raises
-    `NothingToTest` where nothing has any attribution.
+    Units without live features (error nodes, dead features, sites without a partition) are neither chosen nor counted: they are alive whatever
+    is kept, and whatever is cut, or partitions that rank them high would have more alive at equal sizes. The trial's size is the share's number
+    of features, rounded up, so that partitions are compared at equal sizes as near as whole units allow; of shares with the same number the
+    greatest counts. Raises `NothingToTest` where nothing with live features has any attribution.
     """
     order = contestant.ranking(per_member=per_member)
+    order = order[contestant.live[order] > 0]
     if not len(order):
         raise NothingToTest(f"no unit of {contestant.method} has any attribution: the metric does not depend on these sites")
+    always = np.flatnonzero(contestant.live == 0).tolist()
     held, total = np.cumsum(contestant.live[order]), int(contestant.live.sum())
     sizes = {math.ceil(share * total - 1e-9): share for share in sorted(shares)}
     found = []
     for size, share in sizes.items():
         k = len(order) if share >= 1 else min(int(np.searchsorted(held, size)) + 1, len(held))
-        trial = Trial(contestant.method, size, contestant.units.nodes(order[:k].tolist()), contestant.draw)
-        found.append(Kept(trial, share, k, int(held[k - 1])))
+        chosen = order[:k].tolist()
+        alive, rest = contestant.units.nodes([*chosen, *always]), contestant.units.nodes(chosen).inverse()
+        found.append(Kept(Trial(contestant.method, size, alive, contestant.draw, rest=rest), share, k, int(held[k - 1])))
     return found
 
 
@@ -237,8 +240,12 @@ def cutting_circuits(contestant: Contestant, circuits: Sequence[UnitCircuit]) ->
 
 
 def strongest_units(contestant: Contestant, n: int) -> list[int]:
-    """The `n` units with live features that some task is attributed to most, in the order of the greatest of their tasks' strengths."""
-    greatest = np.max(list(contestant.by_task.values()), axis=0)
+    """The `n` units with live features that some task is attributed to most, in the order of the greatest of their shares in a task's attribution.
+
+    A share, since tasks whose metric is large would choose for all.
+    """
+    shares = [strength / max(strength.sum(), 1e-30) for strength in contestant.by_task.values()]
+    greatest = np.max(shares, axis=0)
     order = np.argsort(-greatest, kind="stable")
     return [int(unit) for unit in order if contestant.live[unit] and greatest[unit] > 0][:n]
 
@@ -414,7 +421,9 @@ def _losses(cube: Sequence[tuple[FloatArray, FloatArray]], counts: Sequence[Floa
     known = [np.where(defined, half, 0.0) for half in halves]
     own, others = [], []
     for decide, judge in (known, known[::-1]):
-        signed, task = judge * np.sign(decide), np.abs(decide).argmax(axis=-1)[..., None]
+        # Decided once, on the sample itself: deciding anew on every resample would take more noise for effects than the estimate does.
+        signed = judge * np.sign(decide[:1])
+        task = np.broadcast_to(np.abs(decide[:1]).argmax(axis=-1)[..., None], (*judge.shape[:2], 1))
         of_task = np.take_along_axis(signed, task, -1)[..., 0]  # (resamples + 1, blocks)
         own.append(np.where(np.isnan(n_others), np.nan, of_task.sum(-1)))
         others.append((signed.sum(-1) - of_task).sum(-1) / n_others)

@@ -189,6 +189,7 @@ class Trial:
     """One circuit to be put to the test, and what it is called in the values frame.
 
     mask: what is alive; of edges between units all of their members' edges. complement: whether all but the circuit is tested too.
+    rest: what is alive then, where that is not everything that the mask leaves out.
     """
 
     method: str
@@ -196,6 +197,11 @@ class Trial:
     mask: EdgeSet | NodeSet | UnitEdges
     draw: int = 0
     complement: bool = True
+    rest: EdgeSet | NodeSet | UnitEdges | None = None
+
+    def alive(self, part: str) -> EdgeSet | NodeSet | UnitEdges:
+        """What is alive in the circuit, or in its complement."""
+        return self.mask if part == CIRCUIT else (self.mask.inverse() if self.rest is None else self.rest)
 
     @property
     def ablation(self) -> Ablation:
@@ -407,7 +413,7 @@ def _measured(study: Study, batch: AblationBatch, trials: Sequence[Trial], split
         own = [(i, trial) for i, trial in enumerate(trials) if isinstance(trial.mask, kind)]
         if not own:
             continue
-        sets = [(i, part, trial.mask if part == CIRCUIT else trial.mask.inverse()) for i, trial in own for part in _parts(trial)]
+        sets = [(i, part, trial.alive(part)) for i, trial in own for part in _parts(trial)]
         ends = _ablated(study, batch, [_empty(own[0][1].mask), *(mask for _, _, mask in sets)])
         values = batch.measures(ends, study.metrics)  # each (1 + n_sets, batch)
         for metric, measured in values.items():

@@ -82,19 +82,25 @@ def test_ranking_by_hand() -> None:
     assert own.ranking().tolist() == [8, 0, 5, 1, 2, 4, 6]  # ties in order, nothing that is 0
     # per live member: 2, 1, 2, -, 2, 1, 0.75, -, 9; units without live features count as one
     assert own.ranking(per_member=True).tolist() == [8, 0, 2, 4, 1, 5, 6]
-    # Greatest of the tasks' strengths, only units with live features.
-    assert strongest_units(own, 10) == [5, 0, 1, 2, 6]
+    # Greatest of the shares of a task's attribution (26 of ioi, 23 of gender), only units with live features.
+    # ioi 4, 3, 1, -, -, 6, 1 of 26; gender 4, 1, 3, -, -, 2, 2 of 23
+    assert strongest_units(own, 10) == [5, 0, 2, 1, 6]
     assert strongest_units(own, 2) == [5, 0]
+
+
+def test_a_task_whose_metric_is_large_does_not_choose_for_all() -> None:
+    own = contestant([[100, 80, 1, 0, 0, 60, 0, 0, 0, 0], [0, 0, 3, 0, 0, 0, 1, 0, 0, 0]], ["large", "small"])
+    assert strongest_units(own, 2) == [2, 0]  # 3 of 4, 100 of 241
 
 
 # --- keeping ----------------------------------------------------------------------------------------------------------
 
 
 def naive_kept(own: Contestant, share: float) -> list[int]:
-    """Units in order until they hold the share of the live features; all that have attribution where they never do."""
+    """Units with live features in order until they hold the share of these; all that have attribution where they never do."""
     total, held, kept = sum(own.live), 0, []
     for unit in sorted(range(len(own.units)), key=lambda unit: (-own.strength[unit], unit)):
-        if own.strength[unit] > 0 and (share == 1 or held < share * total - 1e-9):
+        if own.live[unit] and own.strength[unit] > 0 and (share == 1 or held < share * total - 1e-9):
             kept.append(unit)
             held += own.live[unit]
     return kept
@@ -106,7 +112,13 @@ def test_keeping_takes_units_until_they_hold_the_share(seed) -> None:
     own = contestant(random_numbers.normal(size=(3, 10)) * (random_numbers.random(10) < 0.8))
     for kept in keeping(own, (0.1, 0.3, 0.5, 0.9, 1.0)):
         expected = naive_kept(own, kept.share)
-        assert torch.equal(kept.trial.mask.rows, own.units.nodes(expected).rows), kept.share
+        uncounted = [unit for unit in range(len(own.units)) if not own.live[unit]]  # alive in both, whatever is kept or cut
+        assert torch.equal(kept.trial.mask.rows, own.units.nodes([*expected, *uncounted]).rows), kept.share
+        others = [unit for unit in range(len(own.units)) if unit not in expected]
+        rest = kept.trial.alive("complement")
+        assert rest.complement
+        assert torch.equal(rest.rows, own.units.nodes(expected).rows), kept.share
+        assert set(uncounted) <= set(others)
         assert (kept.n_units, kept.n_features) == (len(expected), own.live[expected].sum())
         assert kept.trial.ablation is Ablation.NODE
         assert not kept.trial.mask.complement
@@ -116,7 +128,7 @@ def test_shares_of_one_size_are_kept_once() -> None:
     own = contestant([[4, 3, 1, 0, 2, 6, 1, 0, 9, 0]])  # 11 live features
     kept = keeping(own, (0.01, 0.02, 0.05, 0.1, 0.95, 1.0))
     assert [one.trial.size for one in kept] == [1, 2, 11]
-    assert kept[-1].n_units == len(own.ranking())  # of 0.95 and 1 the greater counts
+    assert kept[-1].n_units == sum(own.live[unit] > 0 for unit in own.ranking())  # of 0.95 and 1 the greater counts
 
 
 def test_a_kept_set_has_a_row_for_each_draw_of_the_baseline() -> None:

@@ -70,7 +70,7 @@ def test_a_feature(binding, value, dictionaries) -> None:
 def test_a_feature_of_heads(binding, dictionaries) -> None:
     target = parse_target(" attn_0/3@0 ", dictionaries, binding)
     assert (target.name, target.basis, target.position(4)) == ("feature attn_0/3@0", Basis.HEADS, 0)
-    assert target.key == "feature attn_0/3@0|identity"
+    assert target.key == "feature attn_0/3@0|identity-heads"
 
 
 def test_a_probe(binding, value, tmp_path) -> None:
