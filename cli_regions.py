@@ -183,6 +183,8 @@ def analyze_rois_command(
 
     if parcellation is not None and samples is not None:
         raise NotBoth("--parcellation shows regions found before and --samples finds new ones: give one")
+    if parcellation is not None and sites is not None:
+        raise NotBoth("--parcellation shows all of its sites: leave out --sites")
     if show_n < 1:
         raise BadParameterValue(f"--show {show_n} is too small: give at least 1")
     if listed:
@@ -200,7 +202,7 @@ def analyze_rois_command(
     store = SampleStore(atlas, read_only=True)
     kept = None if parcellation is None else regions.read(atlas, parcellation)
     run = store.find(samples if kept is None else kept[0].samples)
-    wanted = regions.sampled_sites(run, split_names(sites or ""))
+    wanted = regions.sampled_sites(run, split_names(sites or "")) if kept is None else list(kept[0].sites)
     loaded, known = load_named(model or named_in(run, "model"), dictionaries or named_in(run, "dictionaries"), ",".join(wanted), device, "float32")
     check_sampled(run, loaded.key, known)
     if kept is None:

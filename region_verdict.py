@@ -380,10 +380,11 @@ def sweep_subject(verdict: RegionVerdict, parcellation: Parcellation) -> str:
 def write_back(store: GraphStore, statistics: StatisticsStore, verdict: RegionVerdict, parcellation: Parcellation) -> RegionsScored:
     """What regions drive, their circuits, and what each task loses without each of them, into the graph; every value into the statistics store.
 
-    Doing it twice is doing it once.
+    Doing it twice is doing it once. A `DRIVES` edge is of a run, hence of the run's own baseline: by another one none is written.
     """
     study, regions = verdict.study, verdict.regions
     run, drives = study.run, regions.drives
+    own = study.baseline_name.removesuffix(f", errors {study.options.errors.value}") == own_baseline_name(run)
     subject = sweep_subject(verdict, parcellation)
     write_sweep(statistics, run.key, subject, verdict.values, verdict.sizes)
     for part, values in (("removals", verdict.matrix_values), ("drives", verdict.drive_values)):
@@ -394,7 +395,7 @@ def write_back(store: GraphStore, statistics: StatisticsStore, verdict: RegionVe
     n_drives, keys = 0, {}
     if drives is not None:
         frame = drives_frame(drives.units, drives.mean, drives.strength, drives.n)
-        n_drives = write_drives(store, run.key, parcellation, drives.units, frame, output=study.target.name)
+        n_drives = write_drives(store, run.key, parcellation, drives.units, frame, output=study.target.name) if own else 0
         for circuit in verdict.circuits:
             if 0 < circuit.n_edges <= LARGEST_WRITTEN:
                 keys[circuit.size] = write_region_circuit(

@@ -333,17 +333,17 @@ def eigengap(values: FloatArray) -> int:
 
 
 def _nested_sbm(graph: EffectiveGraph, options: CommunityOptions) -> Found:
-    from .graph_tool import GraphToolMissing, GraphToolTimeout, nested_directed
+    from .graph_tool import GraphToolFailed, GraphToolMissing, GraphToolTimeout, nested_directed
 
     try:
         path: PartitionPath = nested_directed(
             graph.source, graph.target, None, graph.n, seed=options.seed, seconds=options.seconds, interpreter=options.interpreter
         )
-    except (GraphToolMissing, GraphToolTimeout) as error:
+    except (GraphToolMissing, GraphToolTimeout, GraphToolFailed) as error:
         labels, codelength, info = _leiden(graph, replace(options, method=Method.LEIDEN, resolution=1.0))
         return labels, codelength, {**info, "method": Method.LEIDEN.value, "instead_of": Method.NESTED_SBM.value, "reason": str(error)}
     level = 0 if options.n_communities is None else path.with_blocks(options.n_communities)
-    said = {name: path.info[name] for name in ("seconds", "version", "timed_out") if name in path.info}
+    said = {name: path.info[name] for name in ("seconds", "graph_tool", "timed_out") if name in path.info}
     return path.labels[level], None, {"level": level, "n_blocks": path.n_blocks.tolist(), **said}
 
 
