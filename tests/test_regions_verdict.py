@@ -195,8 +195,12 @@ def test_everything_alive_is_the_model_and_what_is_cut_is_the_engines_own(study,
     of_metric = values.filter(metric="logit_diff")
     everything = of_metric.filter(size=22, part="circuit")
     assert everything["value"].to_list() == pytest.approx(everything["full"].to_list(), abs=1e-4)
-    nothing = of_metric.filter(size=22, part="complement")
-    assert nothing["value"].to_list() == pytest.approx(nothing["empty"].to_list(), abs=1e-4)
+    rest = of_metric.filter(size=22, part="complement")  # error nodes and dead features alone: they are never cut
+    uncounted = units.nodes([unit for unit in range(len(units)) if not own.live[unit]])
+    for batch in study.batches(pairs[:2], 0):
+        measured = batch.measure(ablate_nodes(batch, [uncounted]), Metric.LOGIT_DIFF)[0]
+        for pair, value in zip(batch.clean.pairs.pairs, measured.tolist(), strict=True):
+            assert rest.filter(sequence=pair.key)["value"].to_list() == pytest.approx([value], abs=1e-4)
     assert (everything["full"] - everything["empty"]).abs().max() > 1e-3
     assert kept["size"].to_list() == [11, 22]
     # All but one block: the block's nodes by hand.
@@ -235,10 +239,12 @@ def test_all_are_measured_at_the_same_sizes(verdict) -> None:
     assert set(nodes["size"]) == {7, 14, 22}
     assert nodes.group_by("method", "draw").len()["len"].to_list() == [3] * 5
     rows = verdict.table.filter(ablation="node", metric="logit_diff", averaging=Averaging.RATIO_OF_MEANS.value, size=22)
-    for part, like in (("circuit", "mean_full"), ("complement", "mean_empty")):
-        own = rows.filter(part=part)
-        assert own["mean_value"].to_list() == pytest.approx(own[like].to_list(), abs=1e-4)
-        assert own.height == 4
+    whole, rest = (rows.filter(part=part) for part in ("circuit", "complement"))
+    assert whole["mean_value"].to_list() == pytest.approx(whole["mean_full"].to_list(), abs=1e-4)
+    assert whole.height == rest.height == 4
+    # What is never cut is the same where the dead features are the same.
+    left = dict(rest.select("method", "mean_value").iter_rows())
+    assert left[REGIONS] == pytest.approx(left[RANDOM], abs=1e-4)
     assert set(rows["share"]) == {1.0}
     assert set(verdict.compared["method"]) == set(verdict.compared_cut["method"]) == {"other", RANDOM, FEATURES}
 
