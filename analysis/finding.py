@@ -134,8 +134,10 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
     progress(f"{samples.site}: levels")
     stood_in: list[str] = []
     scores = scored(path, (first, second), refit=_refit(how, options.method, stood_in))
-    while _starts_too_coarse(path, scores, options):
-        how = replace(how, n_blocks=min(2 * int(path.n_blocks[0]), len(features)))
+    begun = int(path.n_blocks[0])
+    while 8 * begun <= len(features) and _starts_too_coarse(path, scores, options):  # up to four features a block
+        begun *= 2  # what comes out may have fewer: some blocks lose all their features
+        how = replace(how, n_blocks=begun)
         path = partition(options.method, whole, how)
         scores = scored(path, (first, second), refit=_refit(how, options.method, stood_in))
     refit = _refit(how, options.method, stood_in)
@@ -165,11 +167,8 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
 
 
 def _starts_too_coarse(path: PartitionPath, scores: pl.DataFrame, options: FindingOptions) -> bool:
-    """Whether the dense model's path begins with the level of greatest held-out likelihood: a finer one may be better.
-
-    Up to four features a block.
-    """
-    if options.method is not PartitionMethod.DENSE_SBM or options.rule is not Rule.HELD_OUT or 8 * path.n_blocks[0] > path.labels.shape[1]:
+    """Whether the dense model's path begins with the level of greatest held-out likelihood: a finer one may be better."""
+    if options.method is not PartitionMethod.DENSE_SBM or options.rule is not Rule.HELD_OUT:
         return False
     return choose(path, scores, Rule.HELD_OUT) == 0
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import polars as pl
 import pytest
+from featlas.analysis import finding
 from featlas.analysis.correlations import Correlation, Null
 from featlas.analysis.finding import FindingOptions, NoSites, find_parcellation, find_partition, like, usual
 from featlas.analysis.levels import NoSuchLevel, Rule, choose
@@ -80,6 +81,22 @@ def test_what_is_kept_are_levels_of_the_path() -> None:
     assert by_rule["more blocks than heads"] == min(n for n in numbers if n > 3)
     stable = own.scores.filter(pl.col("n_blocks") > 1).sort("stability", descending=True, maintain_order=True)["n_blocks"][0]
     assert by_rule["stability between halves"] == stable
+
+
+def test_a_start_that_stays_coarse_comes_to_an_end(monkeypatch) -> None:
+    """The dense model may give fewer blocks than it began with, however many that were: the finest level may always be the best."""
+    begun: list[int | None] = []
+    halves = np.stack([np.arange(48) // 16, np.zeros(48, dtype=np.int64)])
+
+    def three_blocks(method, correlation, options) -> PartitionPath:
+        begun.append(options.n_blocks)
+        return PartitionPath("dense-sbm", halves)
+
+    monkeypatch.setattr(finding, "partition", three_blocks)
+    monkeypatch.setattr(finding, "_starts_too_coarse", lambda *known: True)
+    own = find_partition(samples_of(data().samples), FindingOptions(nulls=0))
+    assert list(dict.fromkeys(begun)) == [None, 6, 12]
+    assert {level.n_blocks for level in own.levels} <= {1, 3}
 
 
 def test_the_same_whatever_the_order_of_features() -> None:
