@@ -82,7 +82,8 @@ def test_commands_are_those_of_the_design() -> None:
         ("ingest", "samples"),
         ("ingest", "finish"), ("ingest", "weights"), ("ingest", "correlations"), ("ingest", "definitions"), ("analyze", "circuit"),
         ("analyze", "agreement"), ("analyze", "selectivity"), ("analyze", "faithfulness"), ("analyze", "effects"), ("analyze", "mixture"),
-        ("analyze", "improve"), ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
+        ("analyze", "improve"), ("analyze", "rois"), ("analyze", "ablate-rois"), ("analyze", "communities"), ("analyze", "heads"),
+        ("analyze", "vision"), ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
     }  # fmt: skip
 
 

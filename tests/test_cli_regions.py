@@ -24,9 +24,10 @@ def prepared(tiny: TinyAtlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
     atlas = tiny.copied(tmp_path_factory.mktemp("regions"))
     model = ("--model", tiny.folder / "model", "--dictionaries", tiny.folder / "dictionaries", "--atlas", atlas)
     for command in (("ingest", "samples", *model, "--task", tiny.folder / "task.jsonl", "--limit", 10), ("analyze", "rois", *FIND, "--atlas", atlas)):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["featlas", *map(str, command)])
-            cli.main()
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
         assert not ended.value.code
     return atlas
 
