@@ -181,7 +181,7 @@ def sweep_exhibit(table: pl.DataFrame, metric: str, compared: Mapping[str, pl.Da
         name="sweep", title="Keeping and cutting regions, beside other sets of features",
         question="Do regions hold what the model needs for the tasks, more than as many features chosen one by one or at random?",
         fixed=f"{stated(rows.drop('metric', 'n'))}. The same sequences, baseline and live features for every line; error nodes, dead features and "
-        "sites that were not partitioned are units of their own in every partition.",
+        "sites that were not partitioned are units of their own, alive whatever is kept or cut above; below, edges join them too.",
         reading="Units are taken by attribution, greatest first, until they hold a share of the live features. To the left only they are alive: φ "
         "should rise early. To the right they are cut: φ should fall early. Below, the strongest edges between units are kept in place of units.",
         figure=sweep_figure(table, metric=metric, title="φ against the share that is kept, or cut"),
