@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import polars as pl
 import typer
 
 from . import console
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 
 METHODS = ("membership", "effective", "encoder", "decoder", "structural")
 
-SHOWN = 20
-"""Rows of the table of blocks and heads that are printed."""
 
 
 class NoParcellations(UserError):
@@ -110,6 +107,7 @@ def analyze_heads_command(
     from .model.binding import bind
     from .model.dictionary_sources import IDENTITY, IDENTITY_HEADS
     from .model.sites import parse_site
+    from .show_heads import show_heads
 
     check_numbers(steps=steps, memory=memory_bytes(memory), limit=limit, batch_size=batch_size)
     if output is not None and output.suffix not in (".parquet", ".csv"):
@@ -133,6 +131,8 @@ def analyze_heads_command(
     flows = None if blocks is None else alluvial(blocks, shares)
     features = shares.features()
     if blocks is not None:
+        import polars as pl
+
         features = features.with_columns(block=pl.Series(blocks[features["feature"].to_numpy()]))
     if output is not None:
         with console.saving(output):
@@ -144,7 +144,7 @@ def analyze_heads_command(
     if as_json:
         console.say_json(_as_json(shares, compared, flows))
     else:
-        _show(shares, compared, sum(len(batch.pairs) for batch in batches))
+        show_heads(shares, compared, sum(len(batch.pairs) for batch in batches))
 
 
 def _blocks(atlas: Path, name: str, level: int | None, model: str, site: str, dictionary: str) -> Any:
@@ -222,55 +222,3 @@ def _as_json(shares: "HeadShares", compared: "Overlap | None", flows: "Alluvial 
         }  # fmt: skip
         said["alluvial"] = {"flows": flows.frame.to_dicts(), "left_order": flows.left_order, "right_order": flows.right_order}
     return said
-
-
-_WHAT = {
-    "membership": "the neurons of each head's output",
-    "effective": "attribution from heads to features, magnitudes added over {n} sequences",
-    "encoder": "what encoders read of each head, magnitudes added over the positions of {n} sequences where a feature is active",
-    "decoder": "norms of decoder directions in the heads' slices",
-    "structural": "strengths with which heads write a feature, by the weights alone",
-}
-
-
-def _show(shares: "HeadShares", compared: "Overlap | None", n_sequences: int) -> None:
-    touched = shares.touched
-    console.heading(f"Heads of the features of {shares.site}, by {shares.method}")
-    console.say(f"{_WHAT[shares.method].format(n=n_sequences)}; {len(touched):,} of {len(shares.labels):,} features have a head")
-    if not len(touched):
-        console.say("no head moved between clean and corrupted prompts: take other pairs, or --baseline zero")
-        return
-    console.say(
-        f"ambiguity (1 − the greatest share) {shares.ambiguity[touched].mean():.2f}, entropy {shares.entropy[touched].mean():.2f} on average; "
-        f"of {len(shares.heads)} heads, equal shares would have ambiguity {1 - 1 / len(shares.heads):.2f} and entropy 1"
-    )
-    own = shares.table().filter(pl.col("features") > 0).sort("features", "layer", "head", descending=[True, False, False])
-    fixed = lambda value: "–" if value is None else f"{value:.2f}"
-    console.table(
-        ("head", "features", "share of all", "ambiguity", "entropy"),
-        [(f"{r['layer']}.{r['head']}", r["features"], *(fixed(r[name]) for name in ("share", "ambiguity", "entropy")))
-         for r in own.head(SHOWN).iter_rows(named=True)],
-    )  # fmt: skip
-    if own.height > SHOWN:
-        console.say(f"and {own.height - SHOWN} heads with fewer features; --json has all")
-    if compared is not None:
-        _show_overlap(compared)
-
-
-def _show_overlap(compared: "Overlap") -> None:
-    console.heading("Blocks and heads")
-    null, signed = compared.null_ami, lambda value: f"{value:.3f}".replace("-", "−")
-    console.say(
-        f"{compared.n:,} features in {compared.n_blocks} blocks and {compared.n_heads} heads: AMI {signed(compared.ami)} "
-        f"(features' heads permuted {len(null):,} times: mean {signed(null.mean())}, greatest {signed(null.max())}; p = {compared.p:.2g}), "
-        f"variation of information {compared.vi:.2f} nats; {compared.purity:.0%} of the features are of their block's first head"
-    )
-    first = compared.contingency.sort("block", "n", "layer", "head", descending=[False, True, False, False])
-    size = first.group_by("block", maintain_order=True).agg(pl.col("n").sum().alias("size"), pl.len().alias("heads"))
-    rows = first.unique("block", keep="first", maintain_order=True).join(size, on="block", maintain_order="left").head(SHOWN)
-    console.table(
-        ("block", "features", "heads in it", "first head", "its share"),
-        [(r["block"], r["size"], r["heads"], f"{r['layer']}.{r['head']}", f"{r['share']:.2f}") for r in rows.iter_rows(named=True)],
-    )
-    if size.height > SHOWN:
-        console.say(f"and {size.height - SHOWN} blocks; --json has all")

@@ -68,11 +68,11 @@ MethodOption = Annotated[
     ),
 ]
 LevelOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--level",
-        help="Which level of the path the regions are: held-out (greatest held-out likelihood), stability (between halves), heads (fewest blocks "
-        "that are more than heads), description-length, or a number of blocks.",
+        help="Which level of the path the regions are: held-out (greatest held-out likelihood; the default), stability (between halves), heads "
+        "(fewest blocks that are more than heads), description-length, or a number of blocks.",
     ),
 ]
 ParcellationOption = Annotated[
@@ -138,7 +138,7 @@ def analyze_rois_command(
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the regions found before, and leave.")] = False,
     method: MethodOption = "dense-sbm",
-    level: LevelOption = "held-out",
+    level: LevelOption = None,
     sites: Annotated[str | None, typer.Option("--sites", help="Sites to partition, comma-separated; all of the samples unless given.")] = None,
     correlation: Annotated[
         Literal["pearson", "signed-log", "log-magnitude", "spearman"] | None,
@@ -150,7 +150,7 @@ def analyze_rois_command(
     min_sequences: Annotated[
         int | None, typer.Option("--min-sequences", help="A live feature is active in at least so many sequences of each half of the samples.")
     ] = None,
-    nulls: Annotated[int, typer.Option("--nulls", help="Shuffled copies of the samples that the partition must do better than; 0 for none.")] = 3,
+    nulls: Annotated[int, typer.Option("--nulls", help="Shuffled copies of the samples to do better than, at least 3; 0 for none.")] = 3,
     neighbours: Annotated[
         int | None, typer.Option("--neighbours", help="Of each feature in the nearest-neighbour graph; by the number of features unless given.")
     ] = None,
@@ -159,7 +159,8 @@ def analyze_rois_command(
         str | None, typer.Option("--graph-tool", help="The Python that has graph-tool; it is looked for unless given.")
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option("--label", help="Call a region something: resid_11/3='plural nouns' (empty: nothing again). May be repeated.")
+        list[str] | None,
+        typer.Option("--label", help="Name a region of those found last, or of --parcellation: resid_11/3='plural nouns'; empty takes it back."),
     ] = None,
     show_n: Annotated[int, typer.Option("--show", help="Regions of each site to show.")] = 12,
     model: Model = None,
@@ -183,8 +184,8 @@ def analyze_rois_command(
 
     if parcellation is not None and samples is not None:
         raise NotBoth("--parcellation shows regions found before and --samples finds new ones: give one")
-    if parcellation is not None and sites is not None:
-        raise NotBoth("--parcellation shows all of its sites: leave out --sites")
+    if parcellation is not None and (sites is not None or level is not None):
+        raise NotBoth(f"--parcellation shows regions as they were found: leave out {'--level' if sites is None else '--sites'}")
     if show_n < 1:
         raise BadParameterValue(f"--show {show_n} is too small: give at least 1")
     if listed:
@@ -196,11 +197,13 @@ def analyze_rois_command(
         raise NotBoth("--label names regions that are kept: leave out --no-write")
     limits = {name: value for name, value in (("min_count", min_count), ("min_sequences", min_sequences)) if value is not None}
     options = finding_options(
-        method, level, None, correlation=None if correlation is None else Correlation(correlation), nulls=nulls, neighbours=neighbours,
+        method, level or "held-out", None, correlation=None if correlation is None else Correlation(correlation), nulls=nulls, neighbours=neighbours,
         seconds=seconds, interpreter=graph_tool, device=device, seed=seed, **limits,
     )  # fmt: skip
     store = SampleStore(atlas, read_only=True)
-    kept = None if parcellation is None else regions.read(atlas, parcellation)
+    # A name alone is for regions that are there: those found last.
+    naming = bool(named) and samples is None and level is None and sites is None and method == "dense-sbm"
+    kept = None if parcellation is None and not naming else regions.read(atlas, parcellation)
     run = store.find(samples if kept is None else kept[0].samples)
     wanted = regions.sampled_sites(run, split_names(sites or "")) if kept is None else list(kept[0].sites)
     loaded, known = load_named(model or named_in(run, "model"), dictionaries or named_in(run, "dictionaries"), ",".join(wanted), device, "float32")
@@ -222,6 +225,8 @@ def analyze_rois_command(
         console.say_json(regions.as_json(result))
     else:
         show_regions.show_regions(result, show_n)
+        for one in named:
+            console.say(f"{one.site}/{one.block} is called {one.label!r} now" if one.label else f"{one.site}/{one.block} has its own name again")
     if write:
         with open_graph(graph or atlas) as opened:
             regions.write_into_graph(opened, result)

@@ -55,7 +55,8 @@ def analyze_vision_command(
         raise BadParameterValue(f"--show {show_n} is too small: give at least 1")
     given = number_list("--shares", shares, float)
     options = vision.VisionOptions(
-        finding=finding_options(method, level, None, nulls=nulls, seed=seed), against=() if against == "none" else tuple(split_names(against)),
+        finding=finding_options(method, level or "held-out", None, nulls=nulls, seed=seed),
+        against=() if against == "none" else tuple(split_names(against)),
         share=share, per_member=rank == "mean", baseline=Baseline(baseline), random_draws=random_draws, attributed=attributed, tested=tested,
         blocks=blocks, shares=vision.SHARES if given is None else tuple(given), steps=steps, epochs=epochs, seed=seed,
     )  # fmt: skip

@@ -402,8 +402,23 @@ def write_back(store: GraphStore, statistics: StatisticsStore, verdict: RegionVe
                     store, run.key, parcellation, drives.units, circuit.edges.rows.numpy(), drives.mean, strengths=drives.strength,
                     output=study.target.name, settings={"baseline": study.baseline_name},
                 )  # fmt: skip
+    _write_purposes(store, verdict, parcellation)
     written = _score_circuits(store, verdict, keys) + _score_blocks(store, verdict, parcellation)
     return RegionsScored(n_drives, len(keys), written)
+
+
+def _write_purposes(store: GraphStore, verdict: RegionVerdict, parcellation: Parcellation) -> None:
+    """The task that each block is most attributed to, with its share, onto the blocks."""
+    regions = verdict.regions
+    keys = unit_blocks(parcellation, regions.units, output=verdict.study.target.name)["key"]
+    found = regions.purposes.filter(pl.Series(regions.live[regions.purposes["unit"].to_numpy()] > 0))
+    store.merge_nodes(
+        "Block",
+        found.select(
+            keys.gather(found["unit"]).alias("key"), pl.col("task").alias("attributed_task"), pl.col("share").alias("attributed_share"),
+            pl.lit(verdict.study.run.key).alias("attributed_run"),
+        ),
+    )
 
 
 def _score_circuits(store: GraphStore, verdict: RegionVerdict, keys: Mapping[int, str]) -> int:

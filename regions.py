@@ -23,7 +23,7 @@ from .analysis.regions_store import label_block, read_parcellation, write_parcel
 from .errors import UserError
 from .model.dictionaries import Dictionary
 from .model.sites import Site
-from .queries.partitions import user_labels
+from .queries.partitions import NoSuchParcellation, user_labels
 from .queries.samples import SampleRun, SampleStore
 from .queries.statistics import StatisticsStore
 from .queries.store import GraphStore
@@ -144,7 +144,11 @@ def others(samples: SampleStore, atlas: Path, own: Parcellation, names: Sequence
             run = samples.find(own.samples)
             found[name] = find_regions(samples, run, list(own.sites), options)
         else:
-            other, _ = read(atlas, name, own.model)
+            try:
+                other, _ = read(atlas, name, own.model)
+            except NoSuchParcellation as error:
+                methods = ", ".join(method.value for method in PartitionMethod if method not in (PartitionMethod.RANDOM, PartitionMethod.HEADS))
+                raise UserError(f"--against {name!r} is neither features, nor a method ({methods}), nor found before: {error}") from None
             if set(other.sites) != set(own.sites):
                 raise UserError(f"--against {name}: its regions are of {', '.join(other.sites)}, not of {', '.join(own.sites)}")
             found[f"{other.method} {other.key[:6]}"] = other

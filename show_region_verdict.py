@@ -62,7 +62,10 @@ def _show_kept(verdict: RegionVerdict, part: str, title: str) -> None:
     shown = lambda method, share: _cell(cells.get((method, share)))
     console.table(("share of live features", *methods), [(f"{share:.0%}", *(shown(method, share) for method in methods)) for share in shares])
     draws = " (means over draws)" if verdict.options.random_draws > 1 else ""
-    console.say(f"in brackets the interval, then how many units that takes and how many live features they have{draws}")
+    console.say(
+        f"in brackets the interval, then how many units that takes and how many live features they have{draws}; at 100 % every unit that has any "
+        "attribution to the metric"
+    )
 
 
 def _cell(found: Sequence[Any] | None) -> str:
@@ -112,8 +115,13 @@ def _show_matrix(verdict: RegionVerdict, names: dict[str, str], n: int) -> None:
              matrix.select("removed", "task", "value", "low", "high").iter_rows()}  # fmt: skip
     sizes = dict(matrix.select("removed", "n_features").iter_rows())
     console.heading(f"Which region breaks which task: the share of its effect that is lost without it ({len(sizes)} regions, one at a time)")
-    rows = [(names.get(removed, removed), sizes[removed], *(cells.get((removed, task), "") for task in tasks)) for removed in order]
-    console.table(("region", "features", *tasks), rows)
+    units = verdict.regions.units.names
+    most_to = {units[unit]: f"{task} {share:.0%}" for unit, task, share in verdict.regions.purposes.iter_rows()}
+    rows = [
+        (names.get(removed, removed), sizes[removed], most_to.get(removed, ""), *(cells.get((removed, task), "") for task in tasks))
+        for removed in order
+    ]
+    console.table(("region", "features", "most attributed to", *(f"{task} loses" for task in tasks)), rows)
     control = verdict.matrix.filter(pl.col("method") == RANDOM)
     if control.height:
         value = pl.col("value")

@@ -44,7 +44,9 @@ def show_regions(regions: "Regions", n: int) -> None:
     console.table(columns, lines)
     console.say(
         "r and cos: mean correlation, and cosine of decoder rows, over pairs of features inside and across regions; r ~ cos: their rank correlation\n"
-        "over pairs; AMI: agreement with clusters of the decoder's rows (0 by chance, 1 the same); chance: is it more than in shuffled samples?"
+        "over pairs; AMI: agreement with clusters of the decoder's rows (0 by chance, 1 the same); chance: is it more than in shuffled samples?\n"
+        "(p: Student's t of the gain in held-out likelihood among those of the shuffled copies) for: where a region is "
+        + ("most attributed" if parcellation.basis == "attribution" else "most active, which is not what needs it (`ablate-rois` says that)")
     )
     for said in stood_in(parcellation.sites.values()):
         console.say(said)

@@ -103,7 +103,9 @@ def find_parcellation(
     described = options.identity
     content = json.dumps([run.key, sorted(sites), described], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Parcellation(key, run.key, run.model, options.method.value, run.basis, sites, described)
+    stands_in = {str(own.notes["instead_of"]) for own in sites.values() if "instead_of" in own.notes}
+    method = f"{PartitionMethod.DENSE_SBM.value} for {options.method.value}" if stands_in else options.method.value
+    return Parcellation(key, run.key, run.model, method, run.basis, sites, described)
 
 
 def usual(basis: str) -> Correlation:
@@ -137,9 +139,12 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
     begun = int(path.n_blocks[0])
     while 8 * begun <= len(features) and _starts_too_coarse(path, scores, options):  # up to four features a block
         begun *= 2  # what comes out may have fewer: some blocks lose all their features
-        how = replace(how, n_blocks=begun)
-        path = partition(options.method, whole, how)
-        scores = scored(path, (first, second), refit=_refit(how, options.method, stood_in))
+        finer = replace(how, n_blocks=begun)
+        other = partition(options.method, whole, finer)
+        of_other = scored(other, (first, second), refit=_refit(finer, options.method, stood_in))
+        if _best(of_other) < _best(scores):
+            break
+        how, path, scores = finer, other, of_other
     refit = _refit(how, options.method, stood_in)
     notes["seconds_partition"] = round(time.perf_counter() - started, 3)
     notes |= {name: value for name, value in path.info.items() if name != "seconds"}
@@ -166,11 +171,20 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
     return SitePartition(samples.site, samples.dictionary, samples.d_sae, features, levels, chosen, scores, notes)
 
 
+NEAR_THE_START = 0.75
+"""A level with more than this share of the blocks that a path begins with lies at its beginning: what is finer was not looked at."""
+
+
 def _starts_too_coarse(path: PartitionPath, scores: pl.DataFrame, options: FindingOptions) -> bool:
-    """Whether the dense model's path begins with the level of greatest held-out likelihood: a finer one may be better."""
+    """Whether the level of greatest held-out likelihood lies at the beginning of the dense model's path: a finer one may be better."""
     if options.method is not PartitionMethod.DENSE_SBM or options.rule is not Rule.HELD_OUT:
         return False
-    return choose(path, scores, Rule.HELD_OUT) == 0
+    return bool(path.n_blocks[choose(path, scores, Rule.HELD_OUT)] > NEAR_THE_START * path.n_blocks[0])
+
+
+def _best(scores: pl.DataFrame) -> float:
+    """The greatest held-out likelihood of a path."""
+    return float(scores["held_out"].fill_nan(None).max())  # type: ignore[arg-type]
 
 
 def _one_block(

@@ -108,6 +108,19 @@ class Contestant:
         tasks = np.array(self.tasks)
         return {task: np.abs(self.effects[tasks == task]).mean(axis=0) for task in sorted(set(self.tasks))}
 
+    @cached_property
+    def purposes(self) -> pl.DataFrame:
+        """The task that each unit is most attributed to, `unit`, `task`, `share`: its share of the task's whole attribution over that of all tasks.
+
+        Each task's attribution is taken to sum to 1 first, or tasks whose metric is large would have all units. Units without any are left out.
+        """
+        tasks = list(self.by_task)
+        shares = np.stack([self.by_task[task] / max(self.by_task[task].sum(), 1e-30) for task in tasks])  # (tasks, units)
+        total = shares.sum(axis=0)
+        units = np.flatnonzero(total > 0)
+        best = shares[:, units].argmax(axis=0)
+        return pl.DataFrame({"unit": units, "task": [tasks[i] for i in best], "share": shares[best, units] / total[units]})
+
     def ranking(self, *, per_member: bool = False) -> IntArray:
         """The units that have any attribution, strongest first; `per_member`: by the mean over live members, so that size does not decide."""
         strength = self.strength / np.maximum(self.live, 1) if per_member else self.strength

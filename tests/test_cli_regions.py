@@ -127,6 +127,9 @@ def test_names_are_kept_and_taken_away(run, tiny, prepared, tmp_path) -> None:
     with open_graph(atlas, read_only=True) as store:
         labels = store.query("MATCH (b:Block) WHERE b.label = 'plural nouns' RETURN b.site AS site, b.`index` AS i")
     assert labels.rows() == [("embed", 0)]
+    code, out, _ = run("rois", "--atlas", atlas, "--label", "embed/1=of those found last")  # nothing is found anew for a name alone
+    assert (code, "embed/1 is called 'of those found last' now" in out) == (0, True)
+    assert parcellations(run, atlas)[0]["parcellation"] == key
     assert run("rois", "--parcellation", key, "--atlas", atlas, "--label", "embed/0=")[0] == 0
     code, out, _ = run("rois", "--parcellation", key, "--atlas", atlas)
     assert "plural nouns" not in out
@@ -150,6 +153,8 @@ FIND_MISTAKES = [
     (("--samples", "nowhere"), ("'nowhere'", "activations of")),
     (("--parcellation", "nowhere"), ("nowhere",)),
     (("--parcellation", "a", "--samples", "b"), ("give one",)),
+    (("--parcellation", "a", "--level", "3"), ("leave out --level",)),
+    (("--parcellation", "a", "--sites", "embed"), ("leave out --sites",)),
     (("--min-count", "0"), ("--min-count 0", "at least 1")),
     (("--nulls", "2"), ("--nulls 2", "at least 3")),
     (("--nulls", "-1"), ("--nulls -1", "at least 0")),
@@ -167,7 +172,8 @@ FIND_MISTAKES = [
 @pytest.mark.parametrize(("options", "said"), FIND_MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, tuple) else None)
 def test_mistakes_of_finding(refused, prepared, options, said) -> None:
     before = contents(prepared)
-    line = refused("rois", *FIND, *options, "--atlas", prepared)
+    how = () if "--parcellation" in options else FIND  # of regions that are shown nothing is chosen
+    line = refused("rois", *how, *options, "--atlas", prepared)
     for text in said:
         assert text in line, line
     assert contents(prepared) == before
@@ -229,7 +235,7 @@ TEST_MISTAKES = [
     (("--held-out", "0"), ("--held-out 0", "at least 1")),
     (("--show", "0"), ("--show 0", "at least 1")),
     (("--parcellation", "nowhere"), ("nowhere",)),
-    (("--against", "magic"), ("magic",)),
+    (("--against", "magic"), ("magic", "ward", "found before")),
     (("--level", "9"), ("--level 9", "levels 0 to")),
     (("--metrics", "logits"), ("'logits'", "logit_diff")),
     (("--draws", "3"), ("--draws 3", "counterfactual")),

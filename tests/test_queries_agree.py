@@ -128,7 +128,7 @@ def arguments(query: NamedQuery) -> dict[str, object]:
         "run": "r1", "feature": feature_key("tiny@1", "identity", "resid_1", 2), "circuit": "c", "site": "resid_0",
         "task": TASKS[0], "other_task": TASKS[2], "sequence": "s1", "position": -1, "least": 1 / 64, "text": "läbel 1", "limit": 7,
         "parcellation": "p1", "block": block_key("p1", "resid_1", "roi", 1, 0),
-        "community": "b1", "partition": "p",
+        "community": "b1", "partition": "p", "min_size": 1,
     }
     if query.name == "regions_of_feature":
         known["feature"] = feature_key("tiny@1", "d1", "resid_1", 2)

@@ -93,6 +93,17 @@ def test_a_task_whose_metric_is_large_does_not_choose_for_all() -> None:
     assert strongest_units(own, 2) == [2, 0]  # 3 of 4, 100 of 241
 
 
+def test_what_a_unit_is_most_attributed_to() -> None:
+    own = contestant([[30, 10, 0, 0, 0, 60, 0, 0, 0, 0], [1, 3, 0, 0, 0, 0, 4, 0, 0, 0]], ["large", "small"])
+    found = {unit: (task, share) for unit, task, share in own.purposes.iter_rows()}
+    # of large .3, .1, .6; of small .125, .375, 0, .5
+    assert found[0] == ("large", pytest.approx(0.3 / 0.425))
+    assert found[1] == ("small", pytest.approx(0.375 / 0.475))
+    assert found[5] == ("large", 1.0)
+    assert found[6] == ("small", 1.0)
+    assert set(found) == {0, 1, 5, 6}
+
+
 # --- keeping ----------------------------------------------------------------------------------------------------------
 
 
