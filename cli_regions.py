@@ -58,13 +58,13 @@ if TYPE_CHECKING:
     from .queries.samples import SampleRun
     from .queries.statistics import StatisticsStore
 
-Method = Literal["dense-sbm", "nested-sbm", "weighted-sbm", "ward", "spectral", "leiden", "louvain", "hdbscan"]
+Method = Literal["dense-sbm", "nested-sbm", "weighted-sbm", "ward", "spectral", "leiden", "louvain", "hdbscan", "heads"]
 MethodOption = Annotated[
     Method,
     typer.Option(
         "--method",
         help="How features are put into blocks: our dense block model, graph-tool's (nested-sbm on the nearest-neighbour graph, weighted-sbm on the "
-        "complete one, for few features), or a baseline.",
+        "complete one, for few features), a baseline, or the attention heads where features are their outputs' dimensions (identity-heads).",
     ),
 ]
 LevelOption = Annotated[
@@ -177,6 +177,7 @@ def analyze_rois_command(
     """Regions of interest: features of a site that are active together, found from samples, described, named, and made nodes of the graph."""
     from . import regions, show_regions
     from .analysis.correlations import Correlation
+    from .analysis.heads import slices
     from .model.binding import bind
     from .queries.partitions import stored_parcellations
     from .queries.samples import SampleStore
@@ -211,8 +212,12 @@ def analyze_rois_command(
     if kept is None:
         with console.progress("sites", quiet=as_json) as bar:
             places = {site: i for i, site in enumerate(wanted)}
+            options = replace(options, n_heads=bind(loaded).n_heads)
+            if method == "heads":
+                of_heads = {site.name: slices(dictionary, site, bind(loaded).n_heads) for site, dictionary in known.items()}
+                options = replace(options, labels_of=of_heads)
             progress = lambda said: bar(places.get(said.partition(":")[0], 0), len(wanted), said)
-            found = regions.find_regions(store, run, wanted, replace(options, n_heads=bind(loaded).n_heads), progress=progress)
+            found = regions.find_regions(store, run, wanted, options, progress=progress)
         labels = None
     else:
         found, labels = kept

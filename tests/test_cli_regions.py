@@ -153,6 +153,7 @@ FIND_MISTAKES = [
     (("--samples", "nowhere"), ("'nowhere'", "activations of")),
     (("--parcellation", "nowhere"), ("nowhere",)),
     (("--parcellation", "a", "--samples", "b"), ("give one",)),
+    (("--method", "heads"), ("embed", "identity on the heads' outputs")),
     (("--parcellation", "a", "--level", "3"), ("leave out --level",)),
     (("--parcellation", "a", "--sites", "embed"), ("leave out --sites",)),
     (("--min-count", "0"), ("--min-count 0", "at least 1")),
