@@ -136,6 +136,16 @@ def test_more_blocks_than_chance_are_asked_for_are_taken_back() -> None:
     assert 0 < own.notes["p"] <= 1
 
 
+def test_given_blocks_such_as_heads_stay_what_they_are() -> None:
+    """Blocks of all features, live or dead, by their numbers in the dictionary: of each what is live stays together."""
+    samples = samples_of(data().samples, dead=7)
+    heads = np.arange(samples.d_sae) // 5  # eleven slices of the features
+    own = find_partition(samples, FindingOptions(method=PartitionMethod.HEADS, labels_of={"resid_0": heads}, nulls=0))
+    labels = own.levels[own.chosen].labels
+    assert ami(labels, heads[own.features]) == 1.0
+    assert (own.levels[own.chosen].n_blocks, len(own.levels)) == (len(set(heads[own.features])), 1)
+
+
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_too_few_live_features_are_one_block(n) -> None:
     own = find_partition(samples_of(data().samples[:, :n], dead=5), FindingOptions())
