@@ -41,6 +41,7 @@ def contents(atlas: Path) -> list[int]:
         return [*counts, *(store.read_edges(type).height for type in ("MEMBER_OF", "PART_OF", "SCORED"))]
 
 
+@pytest.mark.slow
 def test_communities_are_found_tested_shown_and_kept(run, tiny, atlas, tmp_path) -> None:
     asked = ("--run", tiny.runs["main"], "--atlas", atlas, "--error-nodes", *QUICK)
     page, nodes = tmp_path / "page.html", tmp_path / "nodes.csv"

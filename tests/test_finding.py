@@ -255,6 +255,7 @@ def test_a_parcellation_says_where_it_is_from() -> None:
         find_parcellation(run_of(), [], QUICK)
 
 
+@pytest.mark.slow
 def test_the_key_is_of_what_determines_the_partitions() -> None:
     own = parcellation()
     again = parcellation()

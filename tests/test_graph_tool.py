@@ -279,6 +279,7 @@ STUBBORN = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["leave([[0, 0, 1, 1], [0, 0, 0, 0]], finished=False)", ""])
 def test_one_that_hangs_is_ended_with_all_it_started(checkpoint: str, stand_in: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It refuses the first signal. What it left is the result; where it left nothing that is an error."""

@@ -190,6 +190,7 @@ def test_a_method_without_description_length_cannot_be_chosen_by_it():
         choose(path, scored(path, None), Rule.DESCRIPTION_LENGTH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gauss", "sae", "attr"])
 def test_without_structure_there_is_one_block(kind):
     for seed in range(5):
@@ -200,6 +201,7 @@ def test_without_structure_there_is_one_block(kind):
         assert verdict.gain < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gauss", "sae", "attr"])
 def test_with_structure_the_blocks_are_significant(kind):
     for seed in range(5):
@@ -221,6 +223,7 @@ def rare_features(n, seed, samples=500):
     return values
 
 
+@pytest.mark.slow
 def test_what_rare_features_have_by_their_rarity_alone_is_no_structure():
     for seed in range(5):
         values = rare_features(90, seed)

@@ -447,6 +447,7 @@ QUICK = ["analyze", "vision", "--epochs", "1", "--attributed", "2", "--tested", 
          "--level", "5", "--against", "none", "--shares", "0.2", "--steps", "1"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     page, table = tmp_path / "page.html", tmp_path / "classes.csv"
     done = CliRunner().invoke(cli.app, [*QUICK, "--gallery", str(page), "--output", str(table)])
