@@ -128,6 +128,14 @@ class CleanBatch:
         return run
 
     @cached_property
+    def last_only(self) -> dict[Site, bool]:
+        """Sites of which only the last position is read by anything."""
+        found = {OUTPUT: True}
+        for site in reversed(self.graph.sites[:-1]):
+            found[site] = all(found[reader] and not self.functions[reader].mixes_positions for reader in self.graph.readers(site))
+        return found
+
+    @cached_property
     def nodes(self) -> dict[Site, NodeValues]:
         """The clean nodes of every chosen site."""
         found = {}

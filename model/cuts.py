@@ -267,7 +267,7 @@ class _Propagation:
                 result[some] = self.gated.own(wires, target[some], values, (sequence[some],))
             return result, own
         own &= moves
-        if self.gated.last_only[wires.site]:
+        if self.gated.clean.last_only[wires.site]:
             own[:, :-1] = False
         row, pos = own.nonzero(as_tuple=True)
         for some in portions(torch.arange(len(row), device=self.device), self.gated.rows_at_once(wires)):

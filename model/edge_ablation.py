@@ -95,15 +95,6 @@ class EdgeAblation:
         columns = [table[:-1].nonzero().flatten() for table in named.split(widths.tolist())]
         return hashes, used, columns
 
-    @cached_property
-    def last_only(self) -> dict[Site, bool]:
-        """Sites of which only the last position is read by anything."""
-        graph, functions = self.batch.graph, self.batch.clean.functions
-        found = {OUTPUT: True}
-        for site in reversed(graph.sites[:-1]):
-            found[site] = all(found[reader] and not functions[reader].mixes_positions for reader in graph.readers(site))
-        return found
-
     def run(self) -> Tensor:
         """What the target reads, (sets, batch, width)."""
         graph = self.batch.graph

@@ -115,14 +115,6 @@ class GatedCircuit:
         edge, target, column, source_position, node, position, place = (part.to(self.device) for part in parts)
         return Wires(site, function, edge, target, column, source_position, tuple(offsets), node, position, place)
 
-    @cached_property
-    def last_only(self) -> dict[Site, bool]:
-        """Sites of which only the last position is read by anything."""
-        found = {OUTPUT: True}
-        for site in reversed(self.graph.sites[:-1]):
-            found[site] = all(found[reader] and not self.clean.functions[reader].mixes_positions for reader in self.graph.readers(site))
-        return found
-
     # -- a run ---------------------------------------------------------------------------------------------------------------
 
     def run(self, gates: Tensor | None = None) -> tuple[Tensor, dict[Site, Moved]]:
@@ -197,7 +189,7 @@ class GatedCircuit:
 
     def _targets(self, wires: Wires, chosen: Tensor, mask: Tensor, states: Mapping[Site, Moved]) -> Tensor:
         """Own entries minus baseline of some targets (t,), all features or all errors: (t, batch, pos), for errors (t, batch, pos, width)."""
-        values, mixes, last = self.entries(wires, states), wires.function.mixes_positions, self.last_only[wires.site]
+        values, mixes, last = self.entries(wires, states), wires.function.mixes_positions, self.clean.last_only[wires.site]
         moving = self.moving(wires, states).to(mask.dtype)
         listed = (mask[chosen].detach() != 0).to(mask.dtype)
         counts = torch.einsum("tpu,bpu->tbp", listed.expand(-1, self.clean.length, -1), moving)  # (t, batch, pos)

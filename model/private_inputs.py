@@ -245,7 +245,7 @@ class Inputs:
         else:
             at = torch.arange(length, device=self.device)
             wanted = everywhere[:, None] | (self.position[:, None] == at)  # (n, pos)
-            if self.ablation.last_only[self.site]:
+            if self.ablation.batch.clean.last_only[self.site]:
                 wanted = wanted & (at == length - 1)
             wanted = wanted[:, None].expand(-1, size, -1)
         if self._free():
@@ -444,7 +444,7 @@ class Inputs:
         variant, node, length = self.variant[target], self.node[target], self.clean.length
         if not self.mixes:
             return Computed(hidden[:, 0], rows_sequence * length + rows_position, row, variant, sequence, position, node)
-        first = length - 1 if self.ablation.last_only[self.site] else 0
+        first = length - 1 if self.ablation.batch.clean.last_only[self.site] else 0
         hidden = hidden[:, first:]
         own, at = self.position[target], torch.arange(first, length, device=self.device)
         cell = rows_sequence[:, None] * length + at  # (R, n)

@@ -180,15 +180,6 @@ class _UnitAblation:
         numbers = torch.repeat_interleave(torch.tensor([len(one) for one in self.sets]))
         return torch.cat([numbers[:, None], torch.cat([one.rows for one in self.sets])], dim=1)
 
-    @cached_property
-    def last_only(self) -> dict[Site, bool]:
-        """Sites of which only the last position is read by anything."""
-        graph, functions = self.batch.graph, self.batch.clean.functions
-        found = {OUTPUT: True}
-        for site in reversed(graph.sites[:-1]):
-            found[site] = all(found[reader] and not functions[reader].mixes_positions for reader in graph.readers(site))
-        return found
-
     def run(self) -> Tensor:
         """What the target reads, (sets, batch, width)."""
         graph = self.batch.graph
@@ -264,7 +255,7 @@ class _UnitAblation:
         start: where the computed rows begin in the table. kept (m,): which of them it has.
         """
         length, clean = self.batch.clean.length, self._clean_rows()
-        several = self.batch.clean.functions[site].mixes_positions and not self.last_only[site]  # positions of a row
+        several = self.batch.clean.functions[site].mixes_positions and not self.batch.clean.last_only[site]  # positions of a row
         sizes = kept * (length - rows.position if several else 1)
         first = start + torch.cat([sizes.cumsum(0) - sizes, sizes.new_zeros(1)])[rows.of.clamp(min=0)]  # (n, batch, pos or 1)
         if several:
@@ -372,7 +363,7 @@ class _UnitAblation:
 
     def _signatures(self, site: Site, inputs: _Inputs) -> tuple[Tensor, Tensor]:
         """Numbers of how inputs differ from the baseline, (n, batch, pos) int64; those of the clean run, (batch, pos). Or of the last position."""
-        only_last = self.last_only[site] and not self.batch.clean.functions[site].mixes_positions
+        only_last = self.batch.clean.last_only[site] and not self.batch.clean.functions[site].mixes_positions
         total, offset, whole = None, 0, torch.zeros((), dtype=torch.int64)
         for i, parent in enumerate(self.batch.graph.parents(site)):
             state = self.states[parent]
@@ -439,7 +430,7 @@ class _UnitAblation:
         run = clean.behind(function, sequence, begin)
         with fast_products(clean.values[clean.end]):
             value = function(values, constants, run)
-        return value[:, -1:] if self.last_only[site] else value
+        return value[:, -1:] if self.batch.clean.last_only[site] else value
 
     def _decoded(self, parent: Site, state: _State, row: Tensor) -> Tensor:
         """What a parent's features add to its value, (R, pos or 1, width), for the rows of its slots, (R, S, pos or 1)."""
