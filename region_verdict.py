@@ -6,7 +6,6 @@
 4. `write_back`: edges between regions and their scores into the graph.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from functools import cached_property
 
 import numpy as np
 import polars as pl
-import torch
 from numpy.typing import NDArray
 from scipy import sparse  # type: ignore[import-untyped]
 
@@ -47,20 +45,17 @@ from .analysis.region_study import (
     strongest_units,
 )
 from .analysis.regions_store import drives_frame, unit_blocks, write_drives, write_region_circuit, write_regions
-from .analysis.scores import DefaultScore, write_scores, write_sweep
+from .analysis.scores import DefaultScore, merge_scores, write_scores, write_sweep
 from .analysis.study import Ablation, Study, own_baseline_name
 from .errors import UserError
-from .ingest.effective import EdgeSettings, FirstFactor, node_attributions, prepare
 from .ingest.unit_edges import attribute_units
-from .model.metrics import Metric
 from .model.sites import Site
-from .model.targets import LogitTarget
 from .model.tasks import Pair
 from .model.units import NotUnits, Units, heads
 from .queries.blocks import blocks_of
-from .queries.schema import score_key
 from .queries.statistics import StatisticsStore
 from .queries.store import GraphStore
+from .verdict import attributed
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -83,18 +78,6 @@ class NodeEffects:
         return found
 
 
-def settings_of(study: Study) -> EdgeSettings:
-    """The run's own metric, number of steps and first factor, with the baseline that units are ablated to."""
-    options = study.options
-    engine = json.loads(str(study.run.properties.get("settings") or "{}")).get("engine") or {}
-    return EdgeSettings(
-        metric=study.target.metric if isinstance(study.target, LogitTarget) else Metric.LOGIT_DIFF, baseline=study.baseline,
-        steps=int(str(study.run.properties.get("steps") or 1)), first_factor=FirstFactor(engine.get("first_factor", FirstFactor.EXACT.value)),
-        tolerance=float(engine.get("tolerance", EdgeSettings.tolerance)), per_position=options.per_position, noise_scale=options.noise_scale,
-        noise_seed=options.seed, memory=options.memory,
-    )  # fmt: skip
-
-
 def attributions(
     study: Study, pairs: Sequence[Pair], among: Sequence[Pair] | None, partitions: Sequence[Units], progress: Progress | None = None
 ) -> tuple[NodeEffects, list[Drives]]:
@@ -105,14 +88,12 @@ def attributions(
     parts: dict[Site, list[sparse.csr_matrix]] = {}
     tasks: list[str] = []
     sums = [_DriveSums(units) for units in partitions]
-    for batch in study.pair_batches(pairs, study.seeds[0], among):
-        prepared = prepare(study.binding, study.dictionaries, batch, settings_of(study), study.moments, study.target)
-        for site, features, errors in node_attributions(prepared):
-            per_sequence = torch.cat([features.sum(dim=1), errors.sum(dim=1)[:, None]], dim=1)  # (batch, d_sae + 1)
+    for prepared, of_sites in attributed(study, pairs, among):
+        for site, per_sequence in of_sites:
             parts.setdefault(site, []).append(sparse.csr_matrix(per_sequence.cpu().double().numpy()))
-        own = [pair.task for pair in batch.pairs]
+        own = [pair.task for pair in prepared.pairs.pairs]
         for one in sums:
-            one.add(attribute_units(prepared, one.units).cpu().numpy(), own)
+            one.add(attribute_units(prepared, one.units).cpu().numpy())
         tasks += own
         if progress is not None:
             progress(len(tasks), len(pairs))
@@ -128,24 +109,18 @@ class _DriveSums:
         self.units = units
         self.signed, self.magnitude = np.zeros((n, n)), np.zeros((n, n))
         self.found = np.zeros((n, n), dtype=np.int64)
-        self.of_task: dict[str, FloatArray] = {}
-        self.counts: dict[str, int] = {}
+        self.n = 0
 
-    def add(self, weights: FloatArray, tasks: Sequence[str]) -> None:
+    def add(self, weights: FloatArray) -> None:
         """Add sequences: weights (batch, n + 1, n + 1)."""
         self.signed += weights.sum(axis=0)
         self.magnitude += np.abs(weights).sum(axis=0)
         self.found += (weights != 0).sum(axis=0)
-        for weight, task in zip(weights, tasks, strict=True):
-            if task not in self.of_task:
-                self.of_task[task], self.counts[task] = np.zeros_like(self.signed), 0
-            self.of_task[task] += np.abs(weight)
-            self.counts[task] += 1
+        self.n += len(weights)
 
     def drives(self) -> Drives:
-        n = max(1, sum(self.counts.values()))
-        by_task = {task: total / self.counts[task] for task, total in self.of_task.items()}
-        return Drives(self.units, self.signed / n, self.magnitude / n, self.found, n, by_task)
+        n = max(1, self.n)
+        return Drives(self.units, self.signed / n, self.magnitude / n, self.found, n)
 
 
 # --- who competes -----------------------------------------------------------------------------------------------------
@@ -447,11 +422,7 @@ def _score_blocks(store: GraphStore, verdict: RegionVerdict, parcellation: Parce
     scores = rows.select("task", "value", "low", "high", "n", "undefined_n", pl.Series("subject", blocks.gather(rows["unit"]))).with_columns(
         *(pl.lit(value).alias(name) for name, value in said.items()), pl.lit(REGIONS).alias("method")
     )
-    identity = ("subject", "kind", "ablation", "metric", "baseline", "averaging", "split", "seed", "task", "method")
-    scores = scores.with_columns(pl.Series("key", [score_key(*values) for values in scores.select(identity).iter_rows()]))
-    store.merge_nodes("Score", scores)
-    store.merge_edges("SCORED", scores.select(pl.col("subject").alias("source"), pl.col("key").alias("target")))
-    return scores.height
+    return merge_scores(store, scores)
 
 
 def as_json(verdict: RegionVerdict, parcellation: Parcellation) -> dict[str, object]:

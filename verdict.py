@@ -5,7 +5,8 @@
 3. `page`, `effects_page`, `mixture_page`: the figures.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from .analysis.scores import DefaultScore, ScoresWritten, estimated_and_measured
 from .analysis.study import Split, Study, found_pairs, halves, held_out_pairs, own_baseline_name
 from .analysis.sweeps import BadGrid, Contender, Sweep, SweepPlan, check_unseen, control_contenders, own_contenders, run_sweep, subject_of
 from .errors import UserError
-from .ingest.effective import EdgeSettings, node_attributions, prepare
+from .ingest.effective import EdgeSettings, FirstFactor, Prepared, node_attributions, prepare
 from .model.metrics import Metric
+from .model.sites import Site
 from .model.targets import LogitTarget
 from .model.tasks import Pair
 from .queries.schema import feature_key
@@ -74,13 +76,10 @@ def node_effects(study: Study, pairs: Sequence[Pair], among: Sequence[Pair] | No
     The attribution of every node with the run's own steps, from the baseline that nodes are ablated to, summed over positions; the mean of
     its magnitude over sequences. among: as for `Study.batches`.
     """
-    settings = _settings(study)
     totals: dict[str, torch.Tensor] = {}
     stems: dict[str, str] = {}
-    for batch in study.pair_batches(pairs, study.seeds[0], among):
-        prepared = prepare(study.binding, study.dictionaries, batch, settings, study.moments, study.target)
-        for site, features, errors in node_attributions(prepared):
-            per_sequence = torch.cat([features.sum(dim=1), errors.sum(dim=1)[:, None]], dim=1)  # (batch, d_sae + 1)
+    for _, effects in attributed(study, pairs, among):
+        for site, per_sequence in effects:
             total = per_sequence.abs().sum(dim=0).cpu().double()
             totals[site.name] = totals[site.name] + total if site.name in totals else total
             stems[site.name] = feature_key(study.model.key, study.dictionaries[site].id, site, "")
@@ -93,12 +92,30 @@ def node_effects(study: Study, pairs: Sequence[Pair], among: Sequence[Pair] | No
     return pl.concat(frames)
 
 
-def _settings(study: Study) -> EdgeSettings:
-    """The run's number of steps and its metric, with the baseline that nodes are ablated to."""
+def attributed(
+    study: Study, pairs: Sequence[Pair], among: Sequence[Pair] | None = None
+) -> Iterator[tuple[Prepared, Iterator[tuple[Site, torch.Tensor]]]]:
+    """Batch by batch what is ready for attribution, and site by site what each node of it sends to the output on every path, positions summed.
+
+    Effects are (batch, d_sae + 1), the error node last. By the run's metric, steps and first factor, from the baseline that nodes are ablated to.
+    """
+    settings = attribution_settings(study)
+    for batch in study.pair_batches(pairs, study.seeds[0], among):
+        prepared = prepare(study.binding, study.dictionaries, batch, settings, study.moments, study.target)
+        effects = (
+            (site, torch.cat([features.sum(dim=1), errors.sum(dim=1)[:, None]], dim=1)) for site, features, errors in node_attributions(prepared)
+        )
+        yield prepared, effects
+
+
+def attribution_settings(study: Study) -> EdgeSettings:
+    """The run's metric, number of steps and first factor, with the baseline that nodes are ablated to."""
     options = study.options
+    engine = json.loads(str(study.run.properties.get("settings") or "{}")).get("engine") or {}
     return EdgeSettings(
         metric=study.target.metric if isinstance(study.target, LogitTarget) else Metric.LOGIT_DIFF, baseline=study.baseline,
-        steps=int(str(study.run.properties.get("steps") or 1)), per_position=options.per_position, noise_scale=options.noise_scale,
+        steps=int(str(study.run.properties.get("steps") or 1)), first_factor=FirstFactor(engine.get("first_factor", FirstFactor.EXACT.value)),
+        tolerance=float(engine.get("tolerance", EdgeSettings.tolerance)), per_position=options.per_position, noise_scale=options.noise_scale,
         noise_seed=options.seed, memory=options.memory,
     )  # fmt: skip
 

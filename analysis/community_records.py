@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from ..queries.schema import block_key, partition_key, score_key
+from ..queries.schema import block_key, partition_key
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow
 from .communities import Communities, CommunityOptions, EffectiveGraph, FloatArray, IntArray
 from .community_ablation import RANDOM, Tested, Treatment
 from .faithfulness import HELD_OUT, Averaging
+from .scores import merge_scores
 from .study import Ablation
 
 BASIS = "effective"
@@ -121,9 +122,4 @@ def _write_scores(store: GraphStore, keys: list[str], communities: Communities, 
         pl.lit(Ablation.NODE.value).alias("ablation"), pl.lit(tested.metric).alias("metric"), pl.lit(tested.baseline).alias("baseline"),
         pl.lit(Averaging.RATIO_OF_MEANS.value).alias("averaging"), pl.lit(HELD_OUT).alias("split"), pl.lit(options.seed).alias("seed"),
     ).filter(pl.col("subject").is_not_null())  # fmt: skip
-    identity = ("subject", "kind", "ablation", "metric", "baseline", "averaging", "split", "seed", "task", "method")
-    keyed = [score_key(*row) for row in own.select(identity).iter_rows()]
-    scores = own.select(pl.Series("key", keyed, dtype=pl.String), *identity, "value", "low", "high", "n", "undefined_n")
-    store.merge_nodes("Score", scores)
-    store.merge_edges("SCORED", scores.select(pl.col("subject").alias("source"), pl.col("key").alias("target")))
-    return scores.height
+    return merge_scores(store, own)

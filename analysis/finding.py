@@ -23,7 +23,7 @@ from ..queries.samples import SampleRun, SiteSamples
 from .correlations import MIN_COUNT, MIN_SEQUENCES, Correlation, Null, correlation, fisher, halves, live_features, shuffled
 from .levels import FEWEST_SHUFFLES, Rule, choose, null_verdict, scored
 from .parcellation import PATH_SCORES, FloatArray, IntArray, Level, Parcellation, PartitionPath, SitePartition, by_size
-from .partitioning import PartitionMethod, PartitionOptions, partition
+from .partitioning import PartitionMethod, PartitionOptions, from_weights, partition
 
 FEWEST = 4
 """Live features that a site must have for a partition; with fewer they are one block."""
@@ -147,26 +147,24 @@ def find_partition(samples: SiteSamples, options: FindingOptions, *, progress: C
         how, path, scores = finer, other, of_other
     refit = _refit(how, options.method, stood_in)
     notes["seconds_partition"] = round(time.perf_counter() - started, 3)
-    notes |= {name: value for name, value in path.info.items() if name != "seconds"}
-    rule = Rule.GIVEN if (wanted := _wanted_blocks(samples.site, options)) is not None and options.rule is Rule.GIVEN else options.rule
-    at = choose(path, scores, rule, n_heads=options.n_heads, n_blocks=wanted)
+    notes |= {name: value for name, value in path.info.items() if name != "seconds"} | _of_others(path, stood_in)
+    rule = options.rule
+    at = choose(path, scores, rule, n_heads=options.n_heads, n_blocks=_wanted_blocks(samples.site, options))
     if path.n_blocks[at] == 1:
         notes["verdict"] = f"one block by the rule “{rule.value}”"
         return _one_block(samples, features, notes, scores, rule.value)
     if options.nulls:
         progress(f"{samples.site}: {options.nulls} shuffled samples")
         started = time.perf_counter()
-        pairs = [_null_halves(samples, features, masks, options, i) for i in range(options.nulls)]
+        pairs = [_null_halves(samples, features, masks, options, kind, i) for i in range(options.nulls)]
         verdict = null_verdict(path, (first, second), pairs, refit=refit, scores=scores)
         notes |= {
             "significant": bool(verdict.significant), "gain": verdict.gain, "null_gains": list(verdict.null_gains), "p": verdict.p,
-            "seconds_null": round(time.perf_counter() - started, 3),
+            "seconds_null": round(time.perf_counter() - started, 3), **_of_others(path, stood_in),
         }  # fmt: skip
-        notes |= _of_others(path, stood_in)
         if not verdict.significant:
             notes["verdict"] = "no more than in shuffled samples: one block"
             return _one_block(samples, features, notes, scores)
-    notes |= _of_others(path, stood_in)
     levels, chosen = _levels(path, scores, at, rule, options)
     return SitePartition(samples.site, samples.dictionary, samples.d_sae, features, levels, chosen, scores, notes)
 
@@ -216,10 +214,10 @@ def _of_others(path: PartitionPath, stood_in: list[str]) -> dict[str, Any]:
 def _refit(options: PartitionOptions, method: PartitionMethod, stood_in: list[str]) -> Callable[[FloatArray], PartitionPath]:
     """The same method on the Fisher weights of a half of the samples. Where another stands in for it, the reason is added to `stood_in`."""
 
+    fit = from_weights(method, options)
+
     def fitted(weights: FloatArray) -> PartitionPath:
-        r = np.tanh(weights / 2)
-        np.fill_diagonal(r, 1.0)
-        path = partition(method, r, options)
+        path = fit(weights)
         if "instead_of" in path.info:
             stood_in.append(str(path.info["reason"]))
         return path
@@ -227,12 +225,12 @@ def _refit(options: PartitionOptions, method: PartitionMethod, stood_in: list[st
     return fitted
 
 
-def _null_halves(samples: SiteSamples, features: IntArray, masks: tuple[Any, Any], options: FindingOptions, i: int) -> tuple[FloatArray, FloatArray]:
+def _null_halves(
+    samples: SiteSamples, features: IntArray, masks: tuple[Any, Any], options: FindingOptions, kind: Correlation, i: int
+) -> tuple[FloatArray, FloatArray]:
     """Fisher weights of the two halves, each shuffled on its own."""
     first, second = (
-        fisher(
-            shuffled(samples, features, options.seed + 1 + 2 * i + k, rows=mask, null=options.null, kind=options.correlation or Correlation.PEARSON)
-        )
+        fisher(shuffled(samples, features, options.seed + 1 + 2 * i + k, rows=mask, null=options.null, kind=kind))
         for k, mask in enumerate(masks)
     )
     return first, second

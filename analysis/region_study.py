@@ -57,14 +57,13 @@ class NothingToTest(UserError):
 @dataclass(frozen=True, eq=False)
 class Drives:
     """Attribution between units, over sequences. mean, strength, n: (units + 1, units + 1), source × target, y last: the mean over sequences of the
-    sum over member edges, the mean of its magnitude, and in how many sequences it is not 0. by_task: strength on each task's sequences alone."""
+    sum over member edges, the mean of its magnitude, and in how many sequences it is not 0."""
 
     units: Units
     mean: FloatArray
     strength: FloatArray
     n: IntArray
     n_sequences: int
-    by_task: Mapping[str, FloatArray]
 
     @property
     def per_member(self) -> FloatArray:

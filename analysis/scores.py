@@ -135,11 +135,7 @@ def write_scores(
         return ScoresWritten(0, 0, 0)
     subjects = rows["subject"].unique().sort().to_list()
     require_circuits(store, subjects)
-    identity = ("subject", "kind", "ablation", "metric", "baseline", "averaging", "split", "seed", "task", "method")
-    keys = [score_key(*values) for values in rows.select(identity).iter_rows()]
-    scores = rows.select(pl.Series("key", keys, dtype=pl.String), *identity, "value", "low", "high", "n", "undefined_n")
-    store.merge_nodes("Score", scores)
-    store.merge_edges("SCORED", scores.select(pl.col("subject").alias("source"), pl.col("key").alias("target")))
+    n_scores = merge_scores(store, rows)
     # A circuit shows its own score, by whichever ranking it was cut, and never that of a control beside it.
     itself = pl.col("circuit").is_not_null() if "circuit" in rows.columns and circuit is None else pl.col("method") == own
     shown = rows.filter(itself, (default or DefaultScore.of(run)).chosen())
@@ -147,7 +143,23 @@ def write_scores(
         ours = shown.filter(pl.col("kind") == kind)
         if ours.height:  # a property that is not among the columns keeps its value
             store.merge_nodes("Circuit", ours.select(pl.col("subject").alias("key"), pl.col("value").alias(kind)))
-    return ScoresWritten(len(set(keys)), len(subjects), shown["subject"].n_unique())
+    return ScoresWritten(n_scores, len(subjects), shown["subject"].n_unique())
+
+
+IDENTITY = ("subject", "kind", "ablation", "metric", "baseline", "averaging", "split", "seed", "task", "method")
+"""What tells a score from others, in the order of `score_key`."""
+
+
+def merge_scores(store: GraphStore, rows: pl.DataFrame) -> int:
+    """`Score` nodes and `SCORED` edges of rows with the columns of `IDENTITY`, `value`, `low`, `high`, `n` and `undefined_n`; how many scores.
+
+    `subject` is the key of a node that can be scored, a circuit's or a block's.
+    """
+    keys = [score_key(*values) for values in rows.select(IDENTITY).iter_rows()]
+    scores = rows.select(pl.Series("key", keys, dtype=pl.String), *IDENTITY, "value", "low", "high", "n", "undefined_n")
+    store.merge_nodes("Score", scores)
+    store.merge_edges("SCORED", scores.select(pl.col("subject").alias("source"), pl.col("key").alias("target")))
+    return len(set(keys))
 
 
 def _about(table: pl.DataFrame, circuit: str | None, own: str) -> pl.DataFrame:

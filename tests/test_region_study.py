@@ -47,9 +47,9 @@ RESID_0, RESID_1, RESID_2 = (parse_site(f"resid_{i}") for i in range(3))
 LIVE = {"resid_0": np.array([0, 1, 2, 4, 5]), "resid_1": np.arange(6)}
 
 
-def drives_of(units: Units, strength: np.ndarray, tasks: Sequence[str] = ("ioi",)) -> Drives:
-    """Drives whose mean is the strength, the same on every task."""
-    return Drives(units, strength, np.abs(strength), (strength != 0).astype(np.int64), 1, {task: np.abs(strength) for task in tasks})
+def drives_of(units: Units, strength: np.ndarray) -> Drives:
+    """Drives whose mean is the strength."""
+    return Drives(units, strength, np.abs(strength), (strength != 0).astype(np.int64), 1)
 
 
 def contestant(effects: Sequence[Sequence[float]], tasks: Sequence[str] | None = None, drives: np.ndarray | None = None, **changes) -> Contestant:

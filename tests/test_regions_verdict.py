@@ -27,6 +27,7 @@ from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import GraphStore, open_graph
 from featlas.queries.subgraphs import find_run
 from featlas.region_verdict import NodeEffects, RegionTests
+from featlas.verdict import attribution_settings
 from scipy import sparse
 
 from .micro_dictionaries import tiny_dictionary
@@ -98,7 +99,7 @@ def test_effects_of_units_are_sums_over_their_members() -> None:
 def test_effects_are_those_of_the_definition(study, attributed, units) -> None:
     pairs, effects, _ = attributed
     ours = effects.of(units)
-    settings = region_verdict.settings_of(study)
+    settings = attribution_settings(study)
     assert (settings.steps, settings.baseline, settings.metric) == (2, Baseline.COUNTERFACTUAL, Metric.LOGIT_DIFF)  # the run's own
     at, tasks = 0, []
     for batch in study.pair_batches(pairs, 0):
@@ -117,8 +118,8 @@ def test_effects_are_those_of_the_definition(study, attributed, units) -> None:
 def test_drives_are_single_edges_grouped(study, attributed, units) -> None:
     pairs, _, (drives,) = attributed
     n = len(units) + 1
-    per_sequence, tasks = [], []
-    settings = replace(region_verdict.settings_of(study), positions=Positions.KEEP, threshold=0.0, max_edges=None)
+    per_sequence = []
+    settings = replace(attribution_settings(study), positions=Positions.KEEP, threshold=0.0, max_edges=None)
     for batch in study.pair_batches(pairs, 0):
         prepared = prepare(study.binding, study.dictionaries, batch, settings, None, study.target)
         of = [units.of[site].numpy() if site != OUTPUT else np.array([units.output]) for site in prepared.graph.sites]
@@ -127,16 +128,12 @@ def test_drives_are_single_edges_grouped(study, attributed, units) -> None:
             for s, source_site, source, _, target_site, target, _, weight in zip(*(column.tolist() for column in block), strict=True):
                 found[s, of[source_site][source], of[target_site][target]] += weight
         per_sequence += list(found)
-        tasks += [pair.task for pair in batch.pairs]
     stacked = np.stack(per_sequence)
     assert drives.n_sequences == 4
     assert drives.mean == pytest.approx(stacked.mean(0), abs=1e-4)
     assert drives.strength == pytest.approx(np.abs(stacked).mean(0), abs=1e-4)
     assert (drives.n[np.abs(stacked).min(0) > 1e-3] == 4).all()
     assert (drives.n[~units.joined.numpy()] == 0).all()
-    assert set(drives.by_task) == set(tasks)
-    for task, strength in drives.by_task.items():
-        assert strength == pytest.approx(np.abs(stacked[np.array(tasks) == task]).mean(0), abs=1e-4)
 
 
 # --- who competes -----------------------------------------------------------------------------------------------------
