@@ -32,6 +32,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from .analysis.circuits import Circuit
     from .analysis.study import Study
     from .queries.store import GraphStore
@@ -140,16 +142,17 @@ def named_ablations(name: str) -> tuple[Any, ...]:
     return tuple(Ablation) if name == "both" else (Ablation(name),)
 
 
-def save_result(path: Path | None, save: Callable[[Path], object]) -> None:
-    """Save a result where a file was asked for."""
+def save_frame(path: Path | None, frame: "Callable[[], pl.DataFrame]") -> None:
+    """Make and save a table where a file was asked for, as CSV or parquet by its ending."""
     if path is not None:
-        with console.saving(path):
-            save(path)
+        console.save_frame(frame(), path)
 
 
 def save_page(path: Path | None, page: Callable[[], str]) -> None:
     """Make and save a page of figures where one was asked for."""
-    save_result(path, lambda file: file.write_text(page(), encoding="utf-8"))
+    if path is not None:
+        with console.saving(path):
+            path.write_text(page(), encoding="utf-8")
 
 
 @analyze_app.command("faithfulness")
@@ -222,7 +225,7 @@ def analyze_faithfulness_command(
         with console.progress("sequences", quiet=as_json) as bar:
             sweep = verdict.try_circuits(plan, options, progress=lambda done, total: bar(done, total, ""))
         # shown and saved first: what was measured is not lost where writing fails
-        save_result(output, lambda file: verdict.save_values(sweep, file))
+        save_frame(output, lambda: verdict.values_with_sizes(sweep))
         save_page(gallery, lambda: verdict.page(sweep, study))
         if as_json:
             console.say_json(verdict.as_json(sweep))
@@ -472,7 +475,7 @@ def analyze_improve_command(
             say = (lambda _: None) if as_json else console.note
             sweep = run_improvement(plan, options, say=say, progress=lambda done, total: bar(done, total, ""))
         gained = gains(sweep) if sweep.reaches_all else None
-        save_result(output, lambda file: verdict.save_values(sweep, file))
+        save_frame(output, lambda: verdict.values_with_sizes(sweep))
         save_page(gallery, lambda: verdict.improvement_page(sweep, study, gained))
         if as_json:
             console.say_json({**verdict.as_json(sweep), "gains": [] if gained is None else gained.to_dicts()})

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,8 +18,8 @@ from .cli_ablation import (
     Model,
     OneTask,
     Probe,
+    save_frame,
     save_page,
-    save_result,
     study_of,
 )
 from .options import (
@@ -147,7 +147,7 @@ def analyze_communities_command(
                     store, study, result.graph, result.communities, ablation, seed=seed, progress=lambda done, total: bar(done, total, "")
                 )
         # shown and saved first: what was measured is not lost where writing fails
-        save_result(output, lambda file: _save(show_communities.frame(result), file))
+        save_frame(output, lambda: show_communities.frame(result))
         save_page(gallery, lambda: communities_page(result, tested))
         written = None
         if as_json:
@@ -185,9 +185,3 @@ def _by_gds(
 
     return divide
 
-
-def _save(frame: Any, path: Path) -> None:
-    if path.suffix == ".csv":
-        frame.write_csv(path)
-    else:
-        frame.write_parquet(path)

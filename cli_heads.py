@@ -135,8 +135,7 @@ def analyze_heads_command(
 
         features = features.with_columns(block=pl.Series(blocks[features["feature"].to_numpy()]))
     if output is not None:
-        with console.saving(output):
-            features.write_parquet(output) if output.suffix == ".parquet" else features.write_csv(output)
+        console.save_frame(features, output)
     if blocks is not None and compared is not None:
         regions, drawn = blocks, compared
         settings = [("model", loaded.key), ("dictionary", found[at].id), ("method", chosen), ("permutations", f"{draws:,}"), ("seed", str(seed))]

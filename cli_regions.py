@@ -21,8 +21,8 @@ from .cli_ablation import (
     Probe,
     named_metrics,
     number_list,
+    save_frame,
     save_page,
-    save_result,
     study_of,
 )
 from .options import (
@@ -51,7 +51,6 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    import polars as pl
 
     from .analysis.finding import FindingOptions
     from .model.dictionary_sources import SiteDictionaries
@@ -98,14 +97,6 @@ def finding_options(method: str, level: str, n_heads: int | None, **others: Any)
     options = FindingOptions(method=PartitionMethod(method), rule=rule, n_blocks=n_blocks, n_heads=n_heads, **others)
     options.check()
     return options
-
-
-def save_frame(frame: "pl.DataFrame", path: Path) -> None:
-    """Save a frame as parquet or CSV, by the file's ending."""
-    if path.suffix == ".csv":
-        frame.write_csv(path)
-    else:
-        frame.write_parquet(path)
 
 
 def kept_statistics(atlas: Path) -> "StatisticsStore":
@@ -224,7 +215,7 @@ def analyze_rois_command(
     if write:
         labels = regions.keep(atlas, found, named)
     result = regions.described(store, run, found, known, labels)
-    save_result(output, lambda file: save_frame(result.description.blocks, file))
+    save_frame(output, lambda: result.description.blocks)
     save_page(gallery, lambda: regions.page(store, result))
     if as_json:
         console.say_json(regions.as_json(result))
@@ -322,7 +313,7 @@ def analyze_ablate_rois_command(
                 yield lambda done, total: bar(done, total, "")
 
         verdict = region_verdict.put_to_the_test(study, {region_verdict.REGIONS: chosen, **others}, pairs, tested, options, progress=progress)
-        save_result(output, lambda file: save_frame(region_verdict.all_values(verdict), file))
+        save_frame(output, lambda: region_verdict.all_values(verdict))
         save_page(gallery, lambda: region_verdict.page(verdict, chosen, names))
         if as_json:
             console.say_json(region_verdict.as_json(verdict, chosen))

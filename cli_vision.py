@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from . import console
-from .cli_ablation import Gallery, number_list, save_page, save_result
-from .cli_regions import LevelOption, MethodOption, finding_options, save_frame
+from .cli_ablation import Gallery, number_list, save_frame, save_page
+from .cli_regions import LevelOption, MethodOption, finding_options
 from .options import BadParameterValue, Json, Seed, analyze_app, split_names
 
 
@@ -69,7 +69,7 @@ def analyze_vision_command(
             yield lambda done, total: bar(done, total, "")
 
     found = vision.run_vision(options, progress=progress)
-    save_result(output, lambda file: save_frame(found.class_table, file))
+    save_frame(output, lambda: found.class_table)
     save_page(gallery, lambda: vision.page(found))
     if as_json:
         console.say_json(vision.as_json(found))

@@ -120,6 +120,12 @@ def saving(output: Path) -> Iterator[None]:
         raise OutputFails(f"cannot write {output}: {error.strerror or error}") from None
 
 
+def save_frame(frame: "pl.DataFrame", output: Path) -> None:
+    """Save a frame as CSV where the file's name ends so, else as parquet; raises `OutputFails`."""
+    with saving(output):
+        frame.write_csv(output) if output.suffix == ".csv" else frame.write_parquet(output)
+
+
 def write_frame(frame: "pl.DataFrame", format: Format, output: Path | None = None) -> None:
     """Print a frame, or save it; raises `NeedsOutput` for parquet without a file and `OutputFails`."""
     if format is Format.PARQUET and output is None:

@@ -16,7 +16,7 @@ import polars as pl
 from .analysis.correlations import Correlation, correlation
 from .analysis.finding import FindingOptions, find_parcellation, like
 from .analysis.parcellation import NotAPartition, Parcellation
-from .analysis.partitioning import PartitionMethod
+from .analysis.partitioning import FINDERS, PartitionMethod
 from .analysis.region_gallery import regions_page
 from .analysis.regions import Description, describe
 from .analysis.regions_store import label_block, read_parcellation, write_parcellation, write_regions
@@ -139,7 +139,7 @@ def others(samples: SampleStore, atlas: Path, own: Parcellation, names: Sequence
     """
     found = {}
     for name in names:
-        if name in {method.value for method in PartitionMethod} - {PartitionMethod.RANDOM.value, PartitionMethod.HEADS.value}:
+        if name in FINDERS:
             options = like(options_of(own), own, PartitionMethod(name))
             run = samples.find(own.samples)
             found[name] = find_regions(samples, run, list(own.sites), options)
@@ -147,7 +147,7 @@ def others(samples: SampleStore, atlas: Path, own: Parcellation, names: Sequence
             try:
                 other, _ = read(atlas, name, own.model)
             except NoSuchParcellation as error:
-                methods = ", ".join(method.value for method in PartitionMethod if method not in (PartitionMethod.RANDOM, PartitionMethod.HEADS))
+                methods = ", ".join(FINDERS)
                 raise UserError(f"--against {name!r} is neither features, nor a method ({methods}), nor found before: {error}") from None
             if set(other.sites) != set(own.sites):
                 raise UserError(f"--against {name}: its regions are of {', '.join(other.sites)}, not of {', '.join(own.sites)}")

@@ -137,13 +137,18 @@ def _show_selectivity(verdict: RegionVerdict) -> None:
     if table is None:
         return
     console.heading("Selectivity: 1 where each block breaks one task only, 0 where it breaks all alike")
+    show_selectivity(table, "task")
+    console.say("a block's task is decided on one half of the sequences and judged on the other; – where what blocks break is not told from noise")
+
+
+def show_selectivity(table: pl.DataFrame, what: str) -> None:
+    """A table of `region_study.SELECTIVITY`; `what` blocks are of, a task or a class."""
     rows = [
         (r["method"], r["n_blocks"], number(r["value"], r["low"], r["high"]), number(r["impact"], r["impact_low"], r["impact_high"]),
          "" if r["method"] == REGIONS else number(r["difference"], r["difference_low"], r["difference_high"]))
         for r in table.iter_rows(named=True)
     ]  # fmt: skip
-    console.table(("partition", "blocks cut", "selectivity", "mean loss of their task", "selectivity − regions'"), rows)
-    console.say("a block's task is decided on one half of the sequences and judged on the other; – where what blocks break is not told from noise")
+    console.table(("partition", "blocks cut", "selectivity", f"mean loss of their {what}", "selectivity − regions'"), rows)
 
 
 def _show_drives(verdict: RegionVerdict, names: dict[str, str], n: int) -> None:

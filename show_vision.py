@@ -5,6 +5,7 @@ import polars as pl
 from . import console
 from .analysis.region_study import REGIONS
 from .show_ablation import number
+from .show_region_verdict import show_selectivity
 from .vision import CUT, KEPT, VisionVerdict
 
 
@@ -82,9 +83,4 @@ def _show_matrix(found: VisionVerdict, n: int) -> None:
 def _show_selectivity(found: VisionVerdict) -> None:
     table = found.selectivity
     console.heading("Selectivity of single blocks: 1 where each breaks one class only, 0 where it breaks all alike (logit difference)")
-    rows = [
-        (r["method"], r["n_blocks"], number(r["value"], r["low"], r["high"]), number(r["impact"], r["impact_low"], r["impact_high"]),
-         "" if r["method"] == REGIONS else number(r["difference"], r["difference_low"], r["difference_high"]))
-        for r in table.iter_rows(named=True)
-    ]  # fmt: skip
-    console.table(("partition", "blocks cut", "selectivity", "mean loss of their class", "selectivity − regions'"), rows)
+    show_selectivity(table, "class")

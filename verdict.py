@@ -8,7 +8,6 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import polars as pl
 import torch
@@ -308,10 +307,6 @@ def as_json(sweep: Sweep) -> dict[str, object]:
     }  # fmt: skip
 
 
-def save_values(sweep: Sweep, path: Path) -> None:
-    """Every value with the size of its circuit, as parquet or CSV by the file's ending."""
-    joined = sweep.values.join(sweep.sizes, on=["method", "ablation", "size", "draw"], how="left")
-    if path.suffix == ".csv":
-        joined.write_csv(path)
-    else:
-        joined.write_parquet(path)
+def values_with_sizes(sweep: Sweep) -> pl.DataFrame:
+    """Every value with the size of its circuit."""
+    return sweep.values.join(sweep.sizes, on=["method", "ablation", "size", "draw"], how="left")

@@ -28,7 +28,7 @@ from .analysis.faithfulness import CIRCUIT, COMPLEMENT, DEFAULT_BOOTSTRAP, HELD_
 from .analysis.finding import FindingOptions, find_parcellation, like
 from .analysis.gallery import gallery, removal_exhibit
 from .analysis.parcellation import Parcellation
-from .analysis.partitioning import PartitionMethod
+from .analysis.partitioning import FINDERS, PartitionMethod
 from .analysis.region_gallery import correlation_exhibit, matrix_exhibit, path_exhibits, selectivity_exhibit, sweep_exhibit
 from .analysis.region_study import REGIONS, Contestant, selectivity
 from .analysis.study import Study, StudyOptions, Trial, measure
@@ -117,9 +117,8 @@ class VisionOptions:
         ):  # fmt: skip
             if value < least:
                 raise UserError(f"{name} {value} is too small: give at least {least}")
-        methods = {method.value for method in PartitionMethod} - {PartitionMethod.RANDOM.value, PartitionMethod.HEADS.value}
-        if unknown := [name for name in self.against if name not in methods]:
-            raise UserError(f"--against {unknown[0]!r} is no method: choose from {', '.join(sorted(methods))}")
+        if unknown := [name for name in self.against if name not in FINDERS]:
+            raise UserError(f"--against {unknown[0]!r} is no method: choose from {', '.join(sorted(FINDERS))}")
 
     @property
     def tests(self) -> RegionTests:

@@ -17,7 +17,6 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 from scipy import sparse  # type: ignore[import-untyped]
 
@@ -303,7 +302,7 @@ def _rotated(values: Any, random: np.random.Generator) -> Any:
     return sparse.csr_matrix((entries.data, ((entries.row + offset[entries.col]) % n_rows, entries.col)), shape=values.shape)
 
 
-# -- 5. Weights and summaries --------------------------------------------------------------------------------
+# -- 5. Weights -----------------------------------------------------------------------------------------------
 
 
 def fisher(correlation: FloatArray) -> FloatArray:
@@ -311,29 +310,3 @@ def fisher(correlation: FloatArray) -> FloatArray:
     weights = fisher_weights(correlation)
     np.fill_diagonal(weights, 0.0)
     return weights
-
-
-def inside_outside(correlation: FloatArray, labels: IntArray) -> pl.DataFrame:
-    """Per block (0 … B − 1) of the features: `block`, `size`, the mean correlation of its pairs `inside`, and with all others `outside`.
-
-    correlation: (n, n), or any other symmetric matrix of pairs, such as cosines; its diagonal is left out. labels: (n,).
-    A mean over no pairs is null.
-    """
-    n_blocks = int(labels.max(initial=-1)) + 1
-    member = sparse.csr_matrix((np.ones(len(labels)), (labels, np.arange(len(labels)))), shape=(n_blocks, len(labels)))
-    sums = member @ (member @ correlation).T  # (blocks, blocks)
-    size = np.bincount(labels, minlength=n_blocks)
-    own = np.diag(sums) - member @ np.diag(correlation)
-    pairs, others = size * (size - 1), size * (len(labels) - size)
-    mean = lambda total, count: pl.Series(np.divide(total, count, out=np.full(n_blocks, np.nan), where=count > 0)).fill_nan(None)
-    return pl.DataFrame(
-        {"block": np.arange(n_blocks), "size": size, "inside": mean(own, pairs), "outside": mean(sums.sum(axis=1) - np.diag(sums), others)}
-    )
-
-
-def mean_inside_outside(correlation: FloatArray, labels: IntArray) -> tuple[float, float]:
-    """The mean over all pairs of features inside a block, and over all between two; NaN where there are none."""
-    blocks = inside_outside(correlation, labels)
-    size = blocks["size"].to_numpy()
-    mean = lambda name, pairs: float(blocks[name].fill_null(0.0).to_numpy() @ pairs / pairs.sum()) if pairs.sum() else float("nan")
-    return mean("inside", size * (size - 1)), mean("outside", size * (len(labels) - size))

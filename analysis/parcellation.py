@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..model.dictionaries import Dictionary
 from ..model.sites import OUTPUT, SiteGraph
-from ..model.units import Units
+from ..model.units import Units, whole_site
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -155,15 +155,14 @@ def units_of(graph: SiteGraph, dictionaries: Mapping[Any, Dictionary], blocks: M
     for site in graph.sites:
         if site != OUTPUT:
             own = blocks.get(site.name)
-            given = np.zeros(dictionaries[site].d_sae, dtype=np.int64) if own is None else own
-            labels[site], names[site] = unit_labels(site.name, given, whole=own is None)
+            labels[site], names[site] = whole_site(dictionaries[site], site) if own is None else unit_labels(site.name, own)
     return Units.from_labels(graph, labels, names)
 
 
-def unit_labels(site: str, blocks: IntArray, *, whole: bool = False) -> tuple[torch.Tensor, list[str]]:
+def unit_labels(site: str, blocks: IntArray) -> tuple[torch.Tensor, list[str]]:
     """Labels (d_sae + 1,) and names of a site's units from its features' blocks (d_sae,), −1 for dead ones; the error node is the last unit."""
     n = int(blocks.max(initial=-1)) + 1
-    named = [f"{site}/all"] if whole else [f"{site}/block {b}" for b in range(n)]
+    named = [f"{site}/block {b}" for b in range(n)]
     dead = blocks < 0
     labels = np.where(dead, n, blocks)
     if dead.any():

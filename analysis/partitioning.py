@@ -73,6 +73,10 @@ class PartitionMethod(StrEnum):
     """Given labels, such as the attention head that each feature belongs to."""
 
 
+FINDERS = tuple(method for method in PartitionMethod if method not in (PartitionMethod.RANDOM, PartitionMethod.HEADS))
+"""The methods that find blocks in correlations alone."""
+
+
 class Objective(StrEnum):
     """What Leiden maximises."""
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..model.sites import OUTPUT, parse_site
 from ..model.units import NotUnits, Units
 from ..queries.blocks import blocks_of, forget_drives, forget_parcellation, members_of, parts_of
-from ..queries.partitions import ParcellationRows, clear_label, find_parcellation, read_rows, set_label, stored_parcellations, user_labels, write_rows
+from ..queries.partitions import ParcellationRows, clear_label, find_parcellation, read_rows, set_label, write_rows
 from ..queries.schema import block_key, feature_key, partition_key
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore
@@ -82,16 +82,6 @@ def read_parcellation(statistics: StatisticsStore, name: str | None = None, *, m
         )
     record = rows.record
     return Parcellation(rows.key, record["samples"], record["model"], record["method"], record["basis"], sites, json.loads(record["settings"]))
-
-
-def parcellations(statistics: StatisticsStore, model: str | None = None) -> pl.DataFrame:
-    """The parcellations that are kept, the last found first, as `queries.partitions.stored_parcellations`."""
-    return stored_parcellations(statistics, model)
-
-
-def named(statistics: StatisticsStore, description: Description) -> Description:
-    """A description with what people call its blocks."""
-    return description.with_labels(user_labels(statistics, description.parcellation))
 
 
 def label_block(

@@ -1,13 +1,14 @@
 """What all tests share: threads, the real Neo4j, and the rule that CI skips no test of a real service."""
 
 import os
+import sys
 
 # On small shared machines two OpenMP threads spin against each other and cost a factor of 25: before torch is imported by any test.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -72,6 +73,39 @@ def clean_neo4j(neo4j_server: Neo4jTestServer) -> Neo4jTestServer:
     """The session's Neo4j without any node (constraints and indexes of earlier tests may be there)."""
     neo4j_server.wipe()
     return neo4j_server
+
+
+@pytest.fixture
+def featlas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> "Callable[..., tuple[int, str, str]]":
+    """Run featlas in this process, without the surroundings' settings: (exit code, standard output, standard error)."""
+    from featlas import cli
+
+    for name in ("NEO4J_URI", "FEATLAS_ATLAS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def do(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["featlas", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return do
+
+
+@pytest.fixture
+def refused(run: "Callable[..., tuple[int, str, str]]") -> "Callable[..., str]":
+    """The one line on standard error of a mistake of the user's, by the module's own `run`."""
+
+    def do(*arguments: object) -> str:
+        code, out, err = run(*arguments)
+        lines = [line for line in err.splitlines() if line.strip()]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        assert lines[0].startswith("featlas: ")
+        return lines[0]
+
+    return do
 
 
 @pytest.fixture(scope="session")

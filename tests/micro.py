@@ -1,7 +1,9 @@
 """Tiny language models of each family, made from their configuration, with a word-level tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -73,4 +75,12 @@ def save_tiny(folder: Any, family: str = "llama", *, seed: int = 0, words: tuple
     """Save a tiny model and its tokenizer as a local folder that `load_model` reads; returns the folder."""
     tiny_module(family, seed=seed, **sizes).save_pretrained(folder)
     word_tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+def save_tiny_with_corpus(folder: Path, *, words: int) -> Path:
+    """A tiny Llama in `folder/model`, and so many random words beside it in `corpus.txt`; the folder."""
+    save_tiny(folder / "model", "llama")
+    numbers = np.random.default_rng(0).integers(0, 40, size=words)
+    (folder / "corpus.txt").write_text(" ".join(f"w{i}" for i in numbers) + "\n")
     return folder

@@ -1,12 +1,10 @@
 """The commands that put circuits to the test: what they print and write, and one line with the way out for everything that users get wrong."""
 
 import json
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
-from featlas import cli
 from featlas.analysis.circuits import Selection, run_circuit, write_circuit
 from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import open_graph
@@ -23,33 +21,9 @@ def atlas(tiny: TinyAtlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def run(featlas):
     """Run featlas in this process: (exit code, standard output, standard error)."""
-    for name in ("NEO4J_URI", "FEATLAS_ATLAS"):
-        monkeypatch.delenv(name, raising=False)
-
-    def do(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["featlas", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return do
-
-
-@pytest.fixture
-def refused(run):
-    """The one line on standard error of a mistake of the user's."""
-
-    def do(*arguments: object) -> str:
-        code, out, err = run(*arguments)
-        lines = [line for line in err.splitlines() if line.strip()]
-        assert (code, out, len(lines)) == (2, "", 1), err
-        assert lines[0].startswith("featlas: ")
-        return lines[0]
-
-    return do
+    return featlas
 
 
 def contents(atlas: Path) -> tuple[int, int, int]:

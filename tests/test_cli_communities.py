@@ -1,12 +1,11 @@
 """The command `analyze communities`: what it prints, saves and writes, and one line with the way out for what users get wrong."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 import pytest
-from featlas import cli
 from featlas.queries.store import open_graph
 
 from .study_atlas import TinyAtlas
@@ -20,19 +19,9 @@ def atlas(tiny: TinyAtlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run featlas in this process: (exit code, standard output, standard error)."""
-    for name in ("NEO4J_URI", "FEATLAS_ATLAS"):
-        monkeypatch.delenv(name, raising=False)
-
-    def do(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["featlas", "analyze", "communities", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return do
+def run(featlas):
+    """Run `featlas analyze communities` in this process: (exit code, standard output, standard error)."""
+    return partial(featlas, "analyze", "communities")
 
 
 def contents(atlas: Path) -> list[int]:

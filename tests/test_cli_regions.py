@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -33,34 +34,9 @@ def prepared(tiny: TinyAtlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def run(featlas):
     """Run `featlas analyze …` in this process: (exit code, standard output, standard error)."""
-    for name in ("NEO4J_URI", "FEATLAS_ATLAS"):
-        monkeypatch.delenv(name, raising=False)
-
-    def do(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["featlas", "analyze", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return do
-
-
-@pytest.fixture
-def refused(run):
-    """The one line on standard error of a mistake of the user's."""
-
-    def do(*arguments: object) -> str:
-        code, out, err = run(*arguments)
-        lines = [line for line in err.splitlines() if line.strip()]
-        assert (code, out, len(lines)) == (2, "", 1), err
-        assert lines[0].startswith("featlas: ")
-        return lines[0]
-
-    return do
+    return partial(featlas, "analyze")
 
 
 def contents(atlas: Path) -> dict[str, int]:

@@ -1,12 +1,11 @@
 """`featlas ingest samples`: what it keeps and says, and one line with the way out for everything that users get wrong."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from featlas import cli
 from featlas.queries.samples import SampleStore
 from featlas.queries.statistics import StatisticsStore
 
@@ -19,34 +18,10 @@ def atlas(tiny: TinyAtlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(tiny: TinyAtlas, atlas: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def run(featlas, tiny: TinyAtlas, atlas: Path):
     """Run the command on the tiny model in this process: (exit code, standard output, standard error)."""
-    for name in ("NEO4J_URI", "FEATLAS_ATLAS"):
-        monkeypatch.delenv(name, raising=False)
-    named = ["--model", tiny.folder / "model", "--dictionaries", tiny.folder / "dictionaries", "--atlas", atlas]
-
-    def do(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["featlas", "ingest", "samples", *map(str, [*named, *arguments])])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
-
-    return do
-
-
-@pytest.fixture
-def refused(run):
-    """The one line on standard error of a mistake of the user's."""
-
-    def do(*arguments: object) -> str:
-        code, out, err = run(*arguments)
-        lines = [line for line in err.splitlines() if line.strip()]
-        assert (code, out, len(lines)) == (2, "", 1), err
-        assert lines[0].startswith("featlas: ")
-        return lines[0]
-
-    return do
+    named = ("--model", tiny.folder / "model", "--dictionaries", tiny.folder / "dictionaries", "--atlas", atlas)
+    return partial(featlas, "ingest", "samples", *named)
 
 
 def task(tiny: TinyAtlas) -> tuple[object, ...]:

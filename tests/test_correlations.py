@@ -11,13 +11,12 @@ from featlas.analysis.correlations import (
     correlation,
     fisher,
     halves,
-    inside_outside,
     live_features,
-    mean_inside_outside,
     shuffled,
     shuffled_samples,
     transformed,
 )
+from featlas.analysis.regions import coherence
 from featlas.queries.samples import SiteSamples
 from scipy import sparse, stats
 
@@ -205,16 +204,18 @@ def test_means_inside_and_outside_of_blocks() -> None:
     labels = np.random.default_rng(0).integers(0, 5, size=D)
     labels[labels == 4] = 3
     labels[7] = 4  # a block of one
-    found = inside_outside(r, labels)
+    members = lambda labels: sparse.csr_matrix((np.ones(D), (np.arange(D), labels)))
+    found, overall = coherence(r, None, members(labels))
     inside, outside = [], []
     for block in range(5):
         own = [r[i, j] for i in range(D) for j in range(D) if i != j and labels[i] == labels[j] == block]
         others = [r[i, j] for i in range(D) for j in range(D) if labels[i] == block != labels[j]]
         row = found.row(block, named=True)
         assert row["size"] == (labels == block).sum()
-        assert row["outside"] == pytest.approx(np.mean(others))
-        assert row["inside"] == (pytest.approx(np.mean(own)) if own else None)
+        assert row["mean_correlation_outside"] == pytest.approx(np.mean(others))
+        assert row["mean_correlation"] == (pytest.approx(np.mean(own)) if own else None)
         inside += own
         outside += others
-    assert mean_inside_outside(r, labels) == pytest.approx((np.mean(inside), np.mean(outside)))
-    assert np.isnan(mean_inside_outside(r, np.arange(D))[0])
+    means = overall["mean_correlation"], overall["mean_correlation_outside"]
+    assert means == pytest.approx((np.mean(inside), np.mean(outside)))
+    assert coherence(r, None, members(np.arange(D)))[1]["mean_correlation"] is None

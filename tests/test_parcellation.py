@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from featlas.analysis.parcellation import Level, NotAPartition, PartitionPath, by_size, unit_labels, units_of
-from featlas.model.sites import OUTPUT
+from featlas.model.dictionaries import identity
+from featlas.model.sites import OUTPUT, parse_site
+from featlas.model.units import whole_site
 
 from .region_cases import DICTIONARIES, GRAPH, small_parcellation
 
@@ -68,7 +70,7 @@ def test_units_of_a_site_are_its_blocks_the_dead_and_the_error() -> None:
     assert (labels.tolist(), names[2:]) == ([0, 0, 1, 2], ["resid_0/error"])
     labels, names = unit_labels("resid_0", np.array([-1, -1]))  # everything is
     assert (labels.tolist(), names) == ([0, 0, 1], ["resid_0/dead", "resid_0/error"])
-    labels, names = unit_labels("mlp_1", np.zeros(3, dtype=np.int64), whole=True)
+    labels, names = whole_site(identity(3), parse_site("mlp_1"))
     assert (labels.tolist(), names) == ([0, 0, 0, 1], ["mlp_1/all", "mlp_1/error"])
 
 

@@ -15,8 +15,6 @@ from featlas.analysis.regions import Description, describe
 from featlas.analysis.regions_store import (
     drives_of_sequences,
     label_block,
-    named,
-    parcellations,
     read_parcellation,
     unit_blocks,
     write_drives,
@@ -26,6 +24,7 @@ from featlas.analysis.regions_store import (
 )
 from featlas.model.units import NotUnits
 from featlas.queries.blocks import blocks_of, drives_of, members_of
+from featlas.queries.partitions import stored_parcellations, user_labels
 from featlas.queries.schema import block_key, feature_key, partition_key
 from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import GraphStore, ServerCredentials, UnknownEndpoint, open_graph
@@ -67,8 +66,8 @@ def test_a_parcellation_comes_back_whole(tmp_path: Path) -> None:
         write_parcellation(statistics, given)
         write_parcellation(statistics, small_parcellation("p2", method="leiden"))
         found = read_parcellation(statistics, "p1")
-        assert set(parcellations(statistics)["parcellation"]) == {"p1", "p2"}
-        assert parcellations(statistics).filter(pl.col("parcellation") == "p1")["n_blocks"].item() == 5
+        assert set(stored_parcellations(statistics)["parcellation"]) == {"p1", "p2"}
+        assert stored_parcellations(statistics).filter(pl.col("parcellation") == "p1")["n_blocks"].item() == 5
     for name in ("key", "samples", "model", "method", "basis"):
         assert getattr(found, name) == getattr(given, name)
     assert found.settings == {"seed": 3, "n": 2}
@@ -175,7 +174,7 @@ def test_blocks_say_what_they_are(store: GraphStore, tmp_path: Path) -> None:
     description = small_description(given)
     with StatisticsStore(tmp_path) as statistics:
         write_parcellation(statistics, given)
-        write_regions(store, given, named(statistics, description))
+        write_regions(store, given, description.with_labels(user_labels(statistics, description.parcellation)))
         key = block_key("p1", "resid_0", "roi", 0, 1)
         read = lambda: store.query("MATCH (b:Block) WHERE b.key = $key RETURN properties(b) AS b", {"key": key})["b"].item()
         block = json.loads(read())
@@ -188,13 +187,13 @@ def test_blocks_say_what_they_are(store: GraphStore, tmp_path: Path) -> None:
         assert all("【" in text for text in json.loads(block["contexts"]))
         label_block(statistics, store, "p1", "resid_0", 0, 1, "names'; MATCH (n) DETACH DELETE n; //")
         assert json.loads(read())["label"].startswith("names'")
-        write_regions(store, given, named(statistics, description))
+        write_regions(store, given, description.with_labels(user_labels(statistics, description.parcellation)))
         assert json.loads(read())["label"].startswith("names'")
         assert json.loads(read())["automatic_label"] == known["automatic_label"]
         label_block(statistics, store, "p1", "resid_0", 0, 1, None)
         assert json.loads(read())["label"] == known["automatic_label"]
         label_block(statistics, None, "p1", "resid_0", 0, 1, "only kept")
-        assert named(statistics, description).blocks["label"].drop_nulls().to_list() == ["only kept"]
+        assert description.with_labels(user_labels(statistics, description.parcellation)).blocks["label"].drop_nulls().to_list() == ["only kept"]
 
 
 def test_blocks_of_heads_are_heads(store: GraphStore) -> None:

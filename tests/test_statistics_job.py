@@ -35,7 +35,7 @@ from featlas.model.sites import parse_site
 from featlas.model.tasks import Pair
 from featlas.queries.statistics import ERROR, RESULT_TABLES, StatisticsStore
 
-from .micro import save_tiny
+from .micro import save_tiny_with_corpus
 from .micro_dictionaries import tiny_dictionary
 
 RESID, MLP, ATTN = parse_site("resid_1"), parse_site("mlp_0"), parse_site("attn_1")
@@ -49,11 +49,7 @@ N_BLOCKS = 22  # the last of 6 batches is not full
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved tiny model and a corpus of random words beside it."""
-    path = tmp_path_factory.mktemp("tiny")
-    save_tiny(path / "model", "llama")
-    words = np.random.default_rng(0).integers(0, 40, size=6 * N_BLOCKS)
-    (path / "corpus.txt").write_text(" ".join(f"w{i}" for i in words) + "\n")
-    return path
+    return save_tiny_with_corpus(tmp_path_factory.mktemp("tiny"), words=6 * N_BLOCKS)
 
 
 @pytest.fixture(scope="module")

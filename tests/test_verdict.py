@@ -7,7 +7,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from featlas import verdict
+from featlas import console, verdict
 from featlas.analysis.circuits import Selection, read_circuit, run_circuit
 from featlas.analysis.controls import Method
 from featlas.analysis.faithfulness import ATTRIBUTION, FOUND, HELD_OUT, SIZES, VALUES
@@ -231,7 +231,7 @@ def test_circuits_by_another_ranking_show_their_own_score(tiny, tmp_path) -> Non
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 def test_saved_values_have_their_sizes(sweep, tmp_path, ending) -> None:
     path = tmp_path / f"values.{ending}"
-    verdict.save_values(sweep, path)
+    console.save_frame(verdict.values_with_sizes(sweep), path)
     saved = pl.read_parquet(path) if ending == "parquet" else pl.read_csv(path, infer_schema_length=None)
     assert saved.height == sweep.values.height
     assert set(saved.columns) == set(VALUES) | set(SIZES)
