@@ -104,11 +104,12 @@ _NODES = (
     NodeLabel("Meta", {"value": STRING}),
     NodeLabel("Model", {"name": STRING, "revision": STRING, "family": STRING, "n_layers": INT64, "d_model": INT64}),
     # `kind` is feature, error or output; `index` is -1 for the last two, `layer` -1 for the sites without one (embed, y).
+    # `label` is the best of a feature's labels, `label_kind` who gave it: hand, file, neuronpedia or automatic.
     NodeLabel(
         "Feature",
         {
             "model": STRING, "dictionary": STRING, "site": STRING, "layer": INT64, "kind": STRING, "index": INT64, "label": STRING,
-            "frequency": DOUBLE, "mean_activation": DOUBLE, "statistics_run": STRING,
+            "frequency": DOUBLE, "mean_activation": DOUBLE, "statistics_run": STRING, "label_kind": STRING,
         },
         indexed=("site", "kind"),
     ),
