@@ -15,7 +15,7 @@ import torch
 from .analysis.circuits import Circuit, Selection, run_candidates, write_circuit
 from .analysis.controls import Method, mean_changes
 from .analysis.faithfulness import FOUND, HELD_OUT, VALUES, faithfulness, with_sizes
-from .analysis.gallery import GalleryOptions, effects_exhibit, gallery, improvement_exhibit, removal_exhibit, sweep_exhibits
+from .analysis.gallery import Exhibit, GalleryOptions, effects_exhibit, gallery, improvement_exhibit, removal_exhibit, sweep_exhibits
 from .analysis.mixtures import Mixture
 from .analysis.notes import readable
 from .analysis.scores import DefaultScore, ScoresWritten, estimated_and_measured, mean_effects, read_sweep, write_scores, write_sweep
@@ -213,10 +213,10 @@ def improvement_page(sweep: Sweep, study: Study, gains: pl.DataFrame | None) -> 
     return gallery(exhibits, f"Better circuits of {study.run.task}?", subtitle=_subtitle(study), settings=settings)
 
 
-def stored_page(
-    store: GraphStore, statistics: StatisticsStore | None, run: RunRow, metric: str | None, baseline: str | None, split: str, task: str | None,
-    candidates: int | None = None,
-) -> str:  # fmt: skip
+def stored_exhibits(
+    store: GraphStore, statistics: StatisticsStore | None, run: RunRow, metric: str | None = None, baseline: str | None = None,
+    split: str = HELD_OUT, task: str | None = None, candidates: int | None = None,
+) -> list[Exhibit]:  # fmt: skip
     """The figures of what is kept of a run's circuits, or of those of one task of its mixture, or among so many candidates.
 
     Single effects are those by the same metric and baseline. Raises `NothingMeasured`.
@@ -251,9 +251,18 @@ def stored_page(
         exhibits += sweep_exhibits(here, sizes, options)
     if effects.height:
         exhibits.append(effects_exhibit(effects, f"{first}, baseline {wanted}, means over sequences"))
+    return exhibits
+
+
+def stored_page(
+    store: GraphStore, statistics: StatisticsStore | None, run: RunRow, metric: str | None, baseline: str | None, split: str, task: str | None,
+    candidates: int | None = None,
+) -> str:  # fmt: skip
+    """`stored_exhibits` as one page."""
+    exhibits = stored_exhibits(store, statistics, run, metric, baseline, split, task, candidates)
     settings = [
         ("run", f"{run.key}: {run.task}, {run.properties.get('method')}, {run.properties.get('steps')} steps"), ("model", run.model),
-        ("baseline", wanted), ("sequences", split),
+        ("baseline", baseline or own_baseline_name(run)), ("sequences", split),
     ]  # fmt: skip
     return gallery(exhibits, f"Circuits of {run.task}", subtitle=f"{run.model} · run {run.key}", settings=settings)
 
