@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,22 @@ import polars as pl
 from . import schema
 from .schema import EDGES, NODES, SCHEMA_VERSION, VERSION_KEY, EdgeType, NodeLabel
 from .store import (
+    Answer,
     EdgeFilter,
     GraphStore,
     NotAGraph,
+    QueryLimits,
     QueryRejected,
+    QueryTooSlow,
     SchemaVersionMismatch,
     SequenceCommit,
     StoreBusy,
     StoreFailed,
     UnknownEndpoint,
     WriteRefused,
-    json_text,
+    cut_to,
     rendered_node,
     rendered_relationship,
-    result_frame,
 )
 
 log = logging.getLogger(__name__)
@@ -116,13 +118,24 @@ class LadybugStore(GraphStore):
         with self._write() as connection:
             return sum(self._commit(connection, commit) for commit in commits)
 
-    def query(self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False) -> pl.DataFrame:
+    def answer(
+        self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False, limits: QueryLimits | None = None
+    ) -> Answer:
         if write and self.read_only:
             raise WriteRefused("the graph was opened read-only")
         transaction = self._write() if write else self._read()
         with transaction as connection:
             statement = _prepared(connection, cypher, parameters, write)
-            return _frame_of(_rejecting(lambda: connection.execute(statement, dict(parameters or {}))))
+            if limits is not None and limits.seconds is not None:
+                connection.set_query_timeout(max(1, round(1000 * limits.seconds)))
+            try:
+                result = _rejecting(lambda: connection.execute(statement, dict(parameters or {})))
+            except QueryRejected as error:
+                if limits is None or limits.seconds is None or not str(error).startswith("Interrupted"):
+                    raise
+                raise QueryTooSlow(limits.seconds) from None
+            connection.set_query_timeout(0)
+            return _answer_of(connection, result, None if limits is None else limits.rows)
 
     def _read_edges(self, edge: EdgeType, only: EdgeFilter) -> pl.DataFrame:
         parameters = only.properties(edge)
@@ -471,40 +484,68 @@ def _rejection(message: str) -> WriteRefused | QueryRejected:
     return QueryRejected(message.strip())
 
 
-def _frame_of(result: Any) -> pl.DataFrame:
+def _answer_of(connection: ladybug.Connection, result: Any, limit: int | None) -> Answer:
     names, types = result.get_column_names(), result.get_column_data_types()
-    if all(type in _PLAIN for type in types):
+    if limit is None and all(type in _PLAIN for type in types):
         frame = result.get_as_pl()
-        return frame.with_columns(pl.lit(None, dtype=pl.Null).alias(name) for name in frame.columns if frame[name].null_count() == frame.height)
-    rows = result.get_all()
-    return result_frame(names, [[_plain(row[i]) for row in rows] for i in range(len(names))])
+        frame = frame.with_columns(pl.lit(None, dtype=pl.Null).alias(name) for name in frame.columns if frame[name].null_count() == frame.height)
+        return Answer(names, frame.get_columns())
+    rows, cut = cut_to(result.get_all() if limit is None else result.get_n(limit + 1), limit)
+    keys = _keys_of_ends(connection, rows)
+    return Answer(names, [[_plain(row[i], keys) for row in rows] for i in range(len(names))], cut)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, keys: "_KeysById") -> Any:
     """A Ladybug value as plain values; see `store.rendered_node` for the shape of what is a graph's."""
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item, keys) for item in value]
     if isinstance(value, Decimal):  # also the sum of whole numbers
         return int(value) if value == value.to_integral_value() else float(value)
     if not isinstance(value, dict):
         return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
     if "_NODES" in value:
-        keys = {json_text(node["_ID"]): node.get("key") for node in value["_NODES"]}
-        return {"nodes": [_plain(node) for node in value["_NODES"]], "relationships": [_relationship(rel, keys) for rel in value["_RELS"]]}
+        return {"nodes": [_plain(node, keys) for node in value["_NODES"]], "relationships": [_plain(rel, keys) for rel in value["_RELS"]]}
     if "_SRC" in value:
-        return _relationship(value, {})
+        properties = {name: _plain(item, keys) for name, item in _properties(value).items()}
+        return rendered_relationship(value["_LABEL"], properties, keys.get(_id(value["_SRC"])), keys.get(_id(value["_DST"])))
     if "_ID" in value:
-        return rendered_node(value["_LABEL"], _properties(value))
-    return {name: _plain(item) for name, item in value.items()}
+        return rendered_node(value["_LABEL"], {name: _plain(item, keys) for name, item in _properties(value).items()})
+    return {name: _plain(item, keys) for name, item in value.items()}
 
 
-def _relationship(value: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, object]:
-    ends = (keys.get(json_text(value["_SRC"])), keys.get(json_text(value["_DST"])))
-    return rendered_relationship(value["_LABEL"], _properties(value), *ends)
+# Ladybug's own number of a node, (table, offset), and the node's key. A relationship tells its ends by their numbers alone.
+_KeysById = dict[tuple[int, int], object]
+
+
+def _keys_of_ends(connection: ladybug.Connection, rows: Sequence[Sequence[Any]]) -> _KeysById:
+    """The keys of the nodes that a result's relationships join: those of its own nodes are known, the others are looked up."""
+    keys: _KeysById = {}
+    ends: set[tuple[int, int]] = set()
+    waiting: list[Any] = [value for row in rows for value in row if isinstance(value, (dict, list))]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict) and "_SRC" in value:
+            ends |= {_id(value["_SRC"]), _id(value["_DST"])}
+        elif isinstance(value, dict) and "_ID" in value:
+            keys[_id(value["_ID"])] = value.get("key")
+        else:
+            waiting += [item for item in (value.values() if isinstance(value, dict) else value) if isinstance(item, (dict, list))]
+    unknown = sorted(ends - keys.keys())
+    if unknown:
+        labels = dict(_run(connection, "CALL show_tables() WHERE type = 'NODE' RETURN id, name").get_all())
+        for table, group in groupby(unknown, key=lambda end: end[0]):
+            text = f"UNWIND $offsets AS o MATCH (n:{labels[table]}) WHERE id(n) = internal_id($number, o) RETURN o, n.key"
+            found = _run(connection, text, {"offsets": [offset for _, offset in group], "number": table}).get_all()
+            keys |= {(table, offset): key for offset, key in found}
+    return keys
+
+
+def _id(value: Mapping[str, int]) -> tuple[int, int]:
+    return value["table"], value["offset"]
 
 
 def _properties(value: dict[str, Any]) -> dict[str, object]:
-    return {name: _plain(item) for name, item in value.items() if not name.startswith("_")}
+    return {name: item for name, item in value.items() if not name.startswith("_")}
 
 
 def _one_line(message: str) -> str:

@@ -28,10 +28,13 @@ from ..errors import FeatlasError
 from . import schema
 from .schema import EDGES, NODES, SCHEMA_VERSION, STRING, VERSION_KEY, EdgeType
 from .store import (
+    Answer,
     EdgeFilter,
     GraphStore,
     NotAGraph,
+    QueryLimits,
     QueryRejected,
+    QueryTooSlow,
     SchemaVersionMismatch,
     SequenceCommit,
     ServerCredentials,
@@ -41,9 +44,9 @@ from .store import (
     UnknownEndpoint,
     WriteRefused,
     WrongCredentials,
+    cut_to,
     rendered_node,
     rendered_relationship,
-    result_frame,
 )
 
 log = logging.getLogger(__name__)
@@ -106,17 +109,23 @@ class Neo4jStore(GraphStore):
                     log.info("another writer has committed one of these sequences meanwhile: trying again without it")
             return session.execute_write(work)
 
-    def query(self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False) -> pl.DataFrame:
+    def answer(
+        self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False, limits: QueryLimits | None = None
+    ) -> Answer:
         if write and self.read_only:
             raise WriteRefused("the graph was opened read-only")
+        within = limits or QueryLimits()
         access = neo4j.WRITE_ACCESS if write else neo4j.READ_ACCESS
-        with _readable_errors(self.uri, self._database, users_query=True), self._session(access) as session:
+        with _readable_errors(self.uri, self._database, users_query=True, seconds=within.seconds), self._session(access) as session:
             if write:
                 # Not a managed transaction: CALL … IN TRANSACTIONS must be the one to begin them.
-                names, rows = _fetch(session.run(cypher, dict(parameters or {})))
+                names, rows = _fetch(session.run(neo4j.Query(cypher, timeout=within.seconds), dict(parameters or {})), within.rows)  # type: ignore[arg-type]
+                keys = session.execute_read(_keys_of_ends, rows)
             else:
-                names, rows = session.execute_read(lambda tx: _fetch(_run(tx, cypher, parameters)))
-        return result_frame(names, [[_plain(row[i]) for row in rows] for i in range(len(names))])
+                work = neo4j.unit_of_work(timeout=within.seconds)(lambda tx: _reading(tx, cypher, parameters, within.rows))
+                names, rows, keys = session.execute_read(work)
+        rows, cut = cut_to(rows, within.rows)
+        return Answer(names, [[_plain(row[i], keys) for row in rows] for i in range(len(names))], cut)
 
     def _read_edges(self, edge: EdgeType, only: EdgeFilter) -> pl.DataFrame:
         # A group's records are large, those of a sequence small: one a source.
@@ -199,11 +208,13 @@ def _bad_uri(uri: str, error: Exception) -> str:
 
 
 @contextmanager
-def _readable_errors(uri: str, database: str | None, *, users_query: bool = False) -> Iterator[None]:
+def _readable_errors(uri: str, database: str | None, *, users_query: bool = False, seconds: float | None = None) -> Iterator[None]:
     """Turn the driver's errors into one line that names the URI and the way out; a user's query shows the database's own message."""
     try:
         yield
     except (Neo4jError, DriverError) as error:
+        if seconds is not None and ".Transaction.TransactionTimedOut" in (getattr(error, "code", None) or ""):
+            raise QueryTooSlow(seconds) from None
         raise _readable(error, uri, database, users_query) from error
     except (TypeError, ValueError) as error:
         if users_query:
@@ -264,8 +275,39 @@ def _consume(tx: neo4j.ManagedTransaction, text: str, parameters: Mapping[str, o
     _run(tx, text, parameters).consume()
 
 
-def _fetch(result: neo4j.Result) -> tuple[list[str], list[list[Any]]]:
-    return list(result.keys()), result.values()
+def _fetch(result: neo4j.Result, limit: int | None = None) -> tuple[list[str], list[list[Any]]]:
+    """A result's columns and rows; where there is a limit, at most one row more than it, which tells that there are more."""
+    names = list(result.keys())
+    return names, result.values() if limit is None else [list(record.values()) for record in result.fetch(limit + 1)]
+
+
+def _reading(
+    tx: neo4j.ManagedTransaction, cypher: str, parameters: Mapping[str, object] | None, limit: int | None
+) -> tuple[list[str], list[list[Any]], dict[str, Any]]:
+    names, rows = _fetch(_run(tx, cypher, parameters), limit)
+    return names, rows, _keys_of_ends(tx, rows)
+
+
+def _keys_of_ends(tx: neo4j.ManagedTransaction, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The keys, by element id, of the nodes that a result's relationships join: the server sends those ends without their properties."""
+    keys: dict[str, Any] = {}
+    ends: set[str] = set()
+    waiting: list[Any] = [value for row in rows for value in row]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Node):
+            keys[value.element_id] = value.get("key")
+        elif isinstance(value, Relationship):
+            ends |= {node.element_id for node in (value.start_node, value.end_node) if node is not None}
+        elif isinstance(value, Path):
+            waiting += [*value.nodes, *value.relationships]
+        elif isinstance(value, (list, tuple, dict)):
+            waiting += value.values() if isinstance(value, dict) else value
+    unknown = sorted(ends - keys.keys())
+    if unknown:
+        text = "MATCH (n) WHERE elementId(n) IN $ids RETURN elementId(n), n.key"
+        keys |= dict(_fetch(_run(tx, text, {"ids": unknown}))[1])
+    return keys
 
 
 def _rows(session: neo4j.Session, text: str, parameters: Mapping[str, object] | None = None) -> list[list[Any]]:
@@ -460,27 +502,21 @@ def _edge_frame(edge: EdgeType, record: Mapping[str, Any], keys: Sequence[str], 
 # Results
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, keys: Mapping[str, Any]) -> Any:
     """A driver's value as plain values; see `store.rendered_node` for the shape of what is a graph's."""
     if isinstance(value, Node):
-        return rendered_node(next(iter(value.labels), ""), {name: _plain(item) for name, item in value.items()})
+        return rendered_node(next(iter(value.labels), ""), {name: _plain(item, keys) for name, item in value.items()})
     if isinstance(value, Relationship):
-        return _relationship(value)
+        # The driver orients a relationship as it is stored.
+        ends = [None if node is None else keys.get(node.element_id) for node in (value.start_node, value.end_node)]
+        return rendered_relationship(value.type, {name: _plain(item, keys) for name, item in value.items()}, *ends)
     if isinstance(value, Path):
-        # The driver orients a relationship as it is stored; its ends in a path carry their properties.
-        keys = {node.element_id: node.get("key") for node in value.nodes}
-        relationships = [_relationship(rel, keys) for rel in value.relationships]
-        return {"nodes": [_plain(node) for node in value.nodes], "relationships": relationships}
+        return {"nodes": [_plain(node, keys) for node in value.nodes], "relationships": [_plain(rel, keys) for rel in value.relationships]}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, keys) for item in value]
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: _plain(item, keys) for name, item in value.items()}
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
-
-
-def _relationship(value: Relationship, keys: Mapping[str, Any] | None = None) -> dict[str, object]:
-    ends = [None if keys is None or node is None else keys.get(node.element_id) for node in (value.start_node, value.end_node)]
-    return rendered_relationship(value.type, {name: _plain(item) for name, item in value.items()}, *ends)
 
 
 def _one_line(error: object) -> str:

@@ -58,6 +58,13 @@ class WriteRefused(UserError):
         super().__init__(f"the query was refused: {reason}. Reading is all that is allowed here; allow writing with --write (write=True)")
 
 
+class QueryTooSlow(UserError):
+    """A query took longer than it was given."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the query was stopped after {seconds:g} s: ask for less (a LIMIT, shorter paths, a run or a site), or give it longer")
+
+
 class StoreBusy(FeatlasError):
     """Another process or handle is in the way."""
 
@@ -134,6 +141,36 @@ class EdgeFilter:
         return pl.all_horizontal(pl.lit(True), *(end.is_between(pl.lit(keys.low), pl.lit(keys.high)) for end, keys in ranges))
 
 
+@dataclass(frozen=True, slots=True)
+class QueryLimits:
+    """What a query may take: how many rows are fetched, and how many seconds it may run; None is no limit."""
+
+    rows: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A query's result by columns. Nodes, relationships and paths are the plain values of `rendered_node` and its kin.
+
+    `cut` says that there were more rows than the limit.
+    """
+
+    names: Sequence[str]
+    columns: Sequence[Sequence[object] | pl.Series]
+    cut: bool = False
+
+    def frame(self) -> pl.DataFrame:
+        """The result as a frame, in which nodes, relationships, paths and maps are JSON text."""
+        ready = [column for column in self.columns if isinstance(column, pl.Series)]
+        return pl.DataFrame(ready) if len(ready) == len(self.columns) else result_frame(self.names, [list(column) for column in self.columns])
+
+
+def cut_to(rows: Sequence[Sequence[object]], limit: int | None) -> tuple[Sequence[Sequence[object]], bool]:
+    """The first `limit` rows, and whether there were more: one more than the limit is enough to tell."""
+    return (rows, False) if limit is None else (rows[:limit], len(rows) > limit)
+
+
 @dataclass(frozen=True)
 class ServerCredentials:
     """Who to be on a server and which of its databases to use; None leaves it to the server (its default database)."""
@@ -178,11 +215,17 @@ class GraphStore(ABC):
         """
 
     @abstractmethod
-    def query(self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False) -> pl.DataFrame:
-        """Run one Cypher statement. Nodes, relationships, paths and maps come as JSON text of one shape on both backends.
+    def answer(
+        self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False, limits: QueryLimits | None = None
+    ) -> Answer:
+        """Run one Cypher statement within `limits`; its result is of one shape on both backends.
 
-        Without `write` the database itself refuses changes (`WriteRefused`). Raises `QueryRejected` with the database's message.
+        Without `write` the database itself refuses changes (`WriteRefused`). Raises `QueryRejected` with the database's message, `QueryTooSlow`.
         """
+
+    def query(self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False) -> pl.DataFrame:
+        """Run one Cypher statement: `answer` as a frame. Nodes, relationships, paths and maps come as JSON text."""
+        return self.answer(cypher, parameters, write=write).frame()
 
     def read_edges(
         self,
@@ -284,7 +327,7 @@ def rendered_node(label: str, properties: Mapping[str, object]) -> dict[str, obj
 
 
 def rendered_relationship(type: str, properties: Mapping[str, object], source: object = None, target: object = None) -> dict[str, object]:
-    """A relationship as a plain value; `source` and `target` are keys, known inside a path only."""
+    """A relationship as a plain value; `source` and `target` are the keys of its ends."""
     ends = {} if source is None else {"source": source, "target": target}
     return {"type": type, **ends, "properties": _present(properties)}
 

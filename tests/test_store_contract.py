@@ -1,10 +1,12 @@
 """What every graph store must do, run on the embedded one and on a real Neo4j; then what only one of them can get wrong."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from featlas.queries.store import (
     GraphStore,
     KeyRange,
     NotAGraph,
+    QueryLimits,
     QueryRejected,
+    QueryTooSlow,
     SchemaVersionMismatch,
     SequenceCommit,
     ServerCredentials,
@@ -337,6 +341,42 @@ def test_a_wrong_query_shows_the_databases_own_message(store: GraphStore, cypher
     if shown == "RETURN":
         assert "line" in str(caught.value)
         assert "^" in str(caught.value)
+
+
+def test_a_relationship_knows_its_ends_wherever_it_stands(store: GraphStore) -> None:
+    store.merge_nodes("Circuit", pl.DataFrame({"key": ["circuit"]}))
+    store.merge_edges("WIRED", EDGE.with_columns(path=pl.lit("ov")))
+    store.merge_edges("IN_CIRCUIT", pl.DataFrame({"source": ["c"], "target": ["circuit"]}))
+    first = {"type": "WIRED", "source": "a", "target": "b", "properties": {"path": "ov", "weight": 1.5}}
+    second = {"type": "WIRED", "source": "b", "target": "c", "properties": {"path": "ov", "weight": -2.0}}
+    member = {"type": "IN_CIRCUIT", "source": "c", "target": "circuit", "properties": {}}
+    assert store.answer("MATCH ()-[e:WIRED]->(b) RETURN e AS e ORDER BY b.key").columns == [[first, second]]
+    # matched against its direction, and beside a node that is one of its ends
+    assert store.answer("MATCH (n)<-[e:IN_CIRCUIT]-() RETURN n.key AS key, e AS e, [e] AS list").columns == [["circuit"], [member], [[member]]]
+    path = store.answer("MATCH p = (a)-[:WIRED*2..2]->(c) RETURN p AS p").columns[0][0]
+    assert path["relationships"] == [first, second]
+    assert [node["properties"]["key"] for node in path["nodes"]] == ["a", "b", "c"]
+    assert json.loads(store.query("MATCH ()-[e:IN_CIRCUIT]->() RETURN e AS e")["e"][0]) == member
+
+
+def test_rows_over_the_limit_are_not_fetched(store: GraphStore) -> None:
+    text = "MATCH (f:Feature) RETURN f.key AS key, f.layer AS layer ORDER BY key"
+    for rows, keys, cut in ((2, ["a", "b"], True), (3, ["a", "b", "c"], False), (9, ["a", "b", "c"], False)):
+        answer = store.answer(text, limits=QueryLimits(rows=rows))
+        assert (list(answer.names), answer.columns[0], answer.cut) == (["key", "layer"], keys, cut)
+    assert not store.answer(text).cut
+    assert store.answer(text, limits=QueryLimits(rows=2)).frame().rows() == [("a", 0), ("b", 1)]
+
+
+def test_a_query_that_takes_too_long_is_stopped_and_the_next_is_answered(store: GraphStore) -> None:
+    store.merge_nodes("Feature", pl.DataFrame({"key": [f"n{i}" for i in range(400)], "layer": list(range(400))}))
+    matched = " ".join(f"MATCH ({name}:Feature)" for name in "abcd")
+    text = f"{matched} WHERE a.layer + b.layer + c.layer + d.layer = -1 RETURN count(*) AS n"
+    began = time.monotonic()
+    with pytest.raises(QueryTooSlow, match=r"0\.5 s"):
+        store.answer(text, limits=QueryLimits(seconds=0.5))
+    assert time.monotonic() - began < 30
+    assert store.answer("RETURN 1 AS x", limits=QueryLimits(rows=5, seconds=5)).columns == [[1]]
 
 
 # Opening and closing
