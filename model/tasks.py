@@ -101,7 +101,7 @@ def build_task(name: str, tokenizer: Any, *, n: int, seed: int = 0) -> list[Pair
 
     Raises `UnknownTask`, and `TaskTooSmall` where the tokenizer allows fewer distinct pairs.
     """
-    return _interleave([_draw(_find(part), tokenizer, share, seed) for part, share in _shares(name, n)])
+    return interleave([_draw(_find(part), tokenizer, share, seed) for part, share in _shares(name, n)])
 
 
 def load_task(
@@ -119,7 +119,7 @@ def load_task(
     """
     # A path may hold a "+" itself.
     parts = [(spec, n)] if Path(spec).is_file() else _shares(spec, n)
-    return _interleave([_load(part, tokenizer, share, seed, skip_invalid, report) for part, share in parts])
+    return interleave([_load(part, tokenizer, share, seed, skip_invalid, report) for part, share in parts])
 
 
 def _load(part: str, tokenizer: Any, n: int, seed: int, skip_invalid: bool, report: Callable[[str, Refusal], None] | None) -> list[Pair]:
@@ -144,7 +144,7 @@ def _find(name: str) -> Task:
     return TASKS[name]
 
 
-def _interleave(lists: list[list[Pair]]) -> list[Pair]:
+def interleave(lists: list[list[Pair]]) -> list[Pair]:
     """One of each in turn, as long as they last; a pair that occurs twice is kept once."""
     longest = max(map(len, lists))
     mixed = [pairs[i] for i in range(longest) for pairs in lists if i < len(pairs)]
