@@ -3,7 +3,7 @@
 1. `tasks_tokenizer`: every word of the tasks' sentences is one token (a byte-level tokenizer's pre-tokens as a vocabulary), so that all pairs fit.
 2. Texts are the tasks' clean prompts with their answers and the corrupt ones with theirs, drawn anew for each step. A tenth of all prompts, by a hash
    of the text, is never trained on; `held_out_pairs` are pairs of two such prompts.
-3. `train_small_model` trains on the next token of everything, and saves the model at the steps asked for: at 0, at 1, 2, 4, … and evenly (as the
+3. `train_small_model` trains on the next token of everything, and saves the model at the steps asked for: at 0, at doublings and evenly (as the
    Pythia suite does: Biderman et al. 2023, arXiv 2304.01373). Folders are as transformers saves models, and `series.json` lists them.
 """
 
@@ -66,20 +66,22 @@ class TrainingFailed(FeatlasError):
 
 @dataclass(frozen=True, kw_only=True)
 class SmallModelOptions:
-    """What to train, and how. tasks: by name; their sentences are the whole text. family: llama, gpt_neox or gpt2. steps: of AdamW, on `batch` texts each.
+    """What to train, and how. tasks: by name; their sentences are the whole text. family: llama, gpt_neox or gpt2. steps: of AdamW, on `batch` texts.
 
-    evenly: beside steps 0, 1, 2, 4, …, so many checkpoints at equal distances up to the last step. seed: of weights and texts.
+    first, evenly: the model is saved at step 0, at `first` and its doublings, and at so many equal distances up to the last step. seed: of weights
+    and texts.
     """
 
     tasks: tuple[str, ...] = ("agreement", "agreement_rc", "pronoun", "ioi")
     family: str = "llama"
-    n_layers: int = 4
+    n_layers: int = 3
     d_model: int = 64
     n_heads: int = 4
-    steps: int = 2000
+    steps: int = 3000
     batch: int = 64
-    learning_rate: float = 2e-3
-    evenly: int = 4
+    learning_rate: float = 3e-3
+    first: int = 32
+    evenly: int = 2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class SmallModelOptions:
             raise UnknownTask(f"there is no task {unknown[0]!r}: choose from {', '.join(TASKS)}" if unknown else "a series needs at least one task")
         if self.family not in CONFIGS:
             raise BadSmallModel(f"no small model of family {self.family!r} can be made: choose from {', '.join(CONFIGS)}")
-        for name in ("n_layers", "d_model", "n_heads", "steps", "batch"):
+        for name in ("n_layers", "d_model", "n_heads", "steps", "batch", "first"):
             if getattr(self, name) < 1:
                 raise BadSmallModel(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.d_model % (2 * self.n_heads):
@@ -101,13 +103,13 @@ class SmallModelOptions:
     @cached_property
     def checkpoints(self) -> tuple[int, ...]:
         """The steps at which the model is saved, in order."""
-        doubling = {0, *(2**i for i in range(self.steps.bit_length()) if 2**i <= self.steps)}
+        doubling = {0, *(self.first * 2**i for i in range(self.steps.bit_length()) if self.first * 2**i <= self.steps)}
         return tuple(sorted(doubling | {round(self.steps * i / self.evenly) for i in range(1, self.evenly + 1)}))
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A saved model. step: how many batches it has seen. loss: mean over the texts of held-out pairs, nats per token. folder: relative to the series'."""
+    """A saved model. step: how many batches it has seen. loss: on the texts of held-out pairs, nats per token. folder: its name in the series'."""
 
     step: int
     tokens: int

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from featlas.model.loading import NoSuchModel, find_source, load_model
 from featlas.model.pairs import encode_pairs, read_pairs
 from featlas.model.small_models import (
@@ -18,7 +17,6 @@ from featlas.model.small_models import (
     encoded_texts,
     held_out_pairs,
     is_held_out,
-    next_token_loss,
     read_series,
     tasks_tokenizer,
     train_small_model,
@@ -26,7 +24,7 @@ from featlas.model.small_models import (
 from featlas.model.solvability import check_task
 from featlas.model.tasks import TASKS, UnknownTask, build_task
 
-TINY = SmallModelOptions(tasks=("agreement", "pronoun"), n_layers=2, d_model=16, n_heads=2, steps=12, batch=8, evenly=2)
+TINY = SmallModelOptions(tasks=("agreement", "pronoun"), n_layers=2, d_model=16, n_heads=2, steps=12, batch=8, first=1, evenly=2)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +85,7 @@ def test_the_same_options_give_the_same_weights_and_a_finished_folder_is_kept(se
     before = (series / LISTING).stat().st_mtime_ns
     assert train_small_model(series, TINY) == read_series(series)
     assert (series / LISTING).stat().st_mtime_ns == before
-    other = SmallModelOptions(tasks=TINY.tasks, n_layers=2, d_model=16, n_heads=2, steps=13, batch=8, evenly=2)
+    other = SmallModelOptions(tasks=TINY.tasks, n_layers=2, d_model=16, n_heads=2, steps=13, batch=8, first=1, evenly=2)
     with pytest.raises(OtherSeries, match="steps 12, not 13"):
         train_small_model(series, other)
 
