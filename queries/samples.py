@@ -152,13 +152,13 @@ class SampleRun:
 
 
 class SampleStore:
-    """The runs of samples of an atlas; nothing is held open. With `read_only` the folder is not made.
+    """The runs of samples of an atlas; nothing is held open. With `read_only` the folder is not made. They are in `folder` of the atlas.
 
     Raises `BadSamples` where something is to be written all the same.
     """
 
-    def __init__(self, atlas: str | Path, *, read_only: bool = False) -> None:
-        self.folder = Path(atlas) / FOLDER
+    def __init__(self, atlas: str | Path, *, read_only: bool = False, folder: str = FOLDER) -> None:
+        self.folder = Path(atlas) / folder
         self.read_only = read_only
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ class SampleWriter:
         except OSError:
             if not self._final.exists():  # else another process has finished the same run meanwhile, which is as good
                 raise
-        return SampleStore(self._final.parent.parent, read_only=True).find(run.key)
+        return SampleStore(self._final.parent.parent, read_only=True, folder=self._final.parent.name).find(run.key)
 
     def close(self) -> None:
         """Let the files go."""
