@@ -356,7 +356,7 @@ def read_scores(statistics: StatisticsStore, key: str | None = None) -> pl.DataF
 
 
 def replace_matches(store: GraphStore, matching: str, edges: pl.DataFrame) -> int:
-    """Make `edges` (as `PAIRS`) the graph's `MATCHES` of a matching; how many there are. Stored once, smaller key → larger, none of a feature to itself.
+    """Make `edges` (as `PAIRS`) the graph's `MATCHES` of a matching; how many there are. Stored once, smaller key → larger, no loops.
 
     A pair of features that another matching has found by the same method is this one's now. Raises `UnknownEndpoint` where the graph lacks a node.
     """
