@@ -299,12 +299,13 @@ class Candidates:
 
     @classmethod
     def of(cls, edges: pl.DataFrame, features: pl.DataFrame, roots: Collection[str]) -> Self:
-        """`edges` as `strengths` gives them; `roots`: the names of the sites without parents.
+        """`edges` as `strengths` gives them; `roots`: the names of the sites without parents, and `error` where nothing enters error nodes.
 
         Raises `UnknownNodes` for an end that `features` lacks and `BackwardEdge` for an edge against the order of the sites.
         """
         nodes, numbered = _numbered(edges, features)
-        role = pl.when(pl.col("site") == OUTPUT.name).then(pl.lit("output")).when(pl.col("site").is_in(list(roots))).then(pl.lit("input"))
+        given = pl.col("site").is_in(list(roots)) | pl.col("kind").is_in(list(roots))
+        role = pl.when(pl.col("site") == OUTPUT.name).then(pl.lit("output")).when(given).then(pl.lit("input"))
         made = cls(nodes.with_columns(role.otherwise(pl.lit("inner")).alias("role")), numbered, tuple(roots))
         if (backward := made.order[made.source] >= made.order[made.target]).any():
             row = numbered.row(int(np.flatnonzero(backward)[0]), named=True)
@@ -398,6 +399,17 @@ def rank(nodes: pl.DataFrame, edges: pl.DataFrame) -> tuple[pl.DataFrame, pl.Dat
         np.add.at(influence, source[into], share[into] * influence[target[into]])
     nodes = nodes.with_columns(pl.Series("influence", influence, dtype=pl.Float64))
     return nodes, edges.with_columns(pl.Series("flow", share * influence[target], dtype=pl.Float64))
+
+
+def input_roots(nodes: pl.DataFrame) -> list[str]:
+    """The `roots` by which `Candidates.of` gives these nodes (`site`, `kind`, `role`) the roles that they have.
+
+    Where a site has inputs and others, its inputs are its error nodes: nothing enters those of an imported attribution graph.
+    """
+    is_input = pl.col("role") == "input"
+    sites = nodes.group_by("site").agg(is_input.any().alias("any"), is_input.all().alias("all")).filter(pl.col("any"))
+    mixed = ["error"] if (sites["any"] & ~sites["all"]).any() else []
+    return sorted(sites.filter(pl.col("all"))["site"].to_list()) + mixed
 
 
 def root_sites(edges: pl.DataFrame, features: pl.DataFrame) -> list[str]:
@@ -549,8 +561,7 @@ def strongest_part(circuit: Circuit, max_edges: int) -> Circuit:
     tail = _best_along((nodes["role"] == "output").to_numpy(), target, source, share, -order[target])
     through = edges.with_columns(pl.Series("through", head[source] * share * tail[target]))
     chosen = through.sort(["through", "from_node", "to_node"], descending=[True, False, False]).head(max_edges)
-    roots = circuit.nodes.filter(pl.col("role") == "input")["site"].unique().to_list()
-    candidates = Candidates.of(chosen.select(circuit.edges.columns), circuit.nodes, roots)
+    candidates = Candidates.of(chosen.select(circuit.edges.columns), circuit.nodes, input_roots(circuit.nodes))
     part = candidates.edges.filter(candidates.entries(np.zeros(chosen.height)) < np.inf).select(circuit.edges.columns)
     return Circuit(circuit.selection, circuit.nodes.join(_ends(part), on=["key", "pos"], how="semi", maintain_order="left"), part)
 
@@ -618,8 +629,7 @@ def read_circuit(store: GraphStore, name: str) -> Circuit:
         members = circuit_members(store, key)
         links = circuit_edges(store, key).with_columns(pl.lit(NO_POSITION).alias("src_pos"), pl.lit(NO_POSITION).alias("dest_pos"))
         links = links.with_columns(pl.col("strength").fill_null(pl.col("weight").abs()))
-        roots = members.filter(pl.col("role") == "input")["site"].unique().sort().to_list()
-        circuit = Candidates.of(links, members, roots).circuit(np.ones(links.height, dtype=bool), selection)
+        circuit = Candidates.of(links, members, input_roots(members)).circuit(np.ones(links.height, dtype=bool), selection)
     if circuit.key != key and node.get("settings") is not None:
         raise NotRestored(f"circuit {key} was changed after it was written ({circuit.n_edges} edges are left of {node.get('n_edges')}): cut it again")
     return circuit
