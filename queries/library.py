@@ -11,7 +11,7 @@ both databases; where their dialects cannot say it alike there is a text for eac
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -21,6 +21,7 @@ from pathlib import Path
 import polars as pl
 
 from ..errors import UserError
+from .schema import NODES
 from .store import GraphStore
 
 _FOLDER = Path(__file__).parent
@@ -124,8 +125,22 @@ def load_query(name: str) -> NamedQuery:
 
 
 def run_query(store: GraphStore, name: str, given: Mapping[str, object] | None = None) -> pl.DataFrame:
-    """Answer a named query. A `run` may be the beginning of a run's key; left out, it is the graph's only run, where it has just one. Likewise
-    `parcellation`.
+    """Answer a named query with the parameters of `bound_query`. Raises `UnknownQuery` or `BadParameters`."""
+    bound = bound_query(store, name, given)
+    return store.query(bound.text, bound.values)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundQuery:
+    """A named query ready to be sent: its text in the store's dialect and the values of its parameters."""
+
+    text: str
+    values: Mapping[str, object]
+
+
+def bound_query(store: GraphStore, name: str, given: Mapping[str, object] | None = None) -> BoundQuery:
+    """A named query with its parameters. A `run` may be the beginning of a run's key; left out, it is the graph's only run, where it has just
+    one. Likewise `parcellation`.
 
     Raises `UnknownQuery` or `BadParameters`.
     """
@@ -138,7 +153,15 @@ def run_query(store: GraphStore, name: str, given: Mapping[str, object] | None =
     for parameter in query.parameters:
         if parameter.kind is ParameterKind.COUNT:
             text = re.sub(rf"\${parameter.name}\b", str(values.pop(parameter.name)), text)
-    return store.query(text, values)
+    return BoundQuery(text, values)
+
+
+def parameter_choices(store: GraphStore, at_most: int = 200) -> dict[str, list[str]]:
+    """What the graph has for the parameters of named queries that pick one of a few things, by the parameter's name."""
+    choices = {}
+    for name, text in {**{name: known.text for name, known in _KEYS.items()}, **_CHOICES}.items():
+        choices[name] = [str(key) for key in store.query(f"{text} LIMIT {at_most}")["key"]]
+    return {**choices, "other_task": choices["task"]}
 
 
 def _whole_key(store: GraphStore, name: str, known: "_Keys", given: object) -> str:
@@ -163,6 +186,28 @@ class _Keys:
 _KEYS = {
     "run": _Keys("MATCH (r:Run) RETURN r.key AS key ORDER BY key", "runs"),
     "parcellation": _Keys("MATCH (p:Partition) WHERE p.parcellation IS NOT NULL RETURN DISTINCT p.parcellation AS key ORDER BY key", "partitions"),
+}
+
+
+def nodes_by_key(store: GraphStore, keys: Sequence[str]) -> list[tuple[str, dict[str, object]]]:
+    """The nodes of these keys, of whichever label: (label, properties that they have)."""
+    found: list[tuple[str, dict[str, object]]] = []
+    if not keys:
+        return found
+    for label in NODES:
+        # one label at a time: keys are indexed within a label
+        answer = store.answer(f"MATCH (n:{label}) WHERE n.key IN $keys RETURN n AS n ORDER BY n.key", {"keys": list(keys)})
+        found += [(label, node["properties"]) for node in answer.columns[0] if isinstance(node, dict)]
+    return found
+
+
+# What other parameters may be, for those who are to choose.
+_CHOICES = {
+    "circuit": "MATCH (c:Circuit) RETURN c.key AS key ORDER BY key",
+    "task": "MATCH (s:Sequence) WHERE s.task IS NOT NULL RETURN DISTINCT s.task AS key ORDER BY key",
+    "site": "MATCH (f:Feature) RETURN DISTINCT f.site AS key ORDER BY key",
+    "partition": "MATCH (p:Partition) RETURN p.key AS key ORDER BY key",
+    "community": "MATCH (b:Block) WHERE b.kind = 'community' RETURN b.key AS key ORDER BY key",
 }
 
 

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from featlas.analysis.regions import describe
 from featlas.analysis.regions_store import write_drives, write_region_circuit, write_regions
-from featlas.queries.library import BadParameters, NamedQuery, UnknownQuery, list_queries, load_query, run_query
+from featlas.queries.library import BadParameters, NamedQuery, UnknownQuery, list_queries, load_query, parameter_choices, run_query
 from featlas.queries.schema import EDGES, block_key, feature_key, output_key
 from featlas.queries.store import GraphStore, SequenceCommit, ServerCredentials, open_graph
 from polars.testing import assert_frame_equal
@@ -128,7 +128,7 @@ def arguments(query: NamedQuery) -> dict[str, object]:
         "run": "r1", "feature": feature_key("tiny@1", "identity", "resid_1", 2), "circuit": "c", "site": "resid_0",
         "task": TASKS[0], "other_task": TASKS[2], "sequence": "s1", "position": -1, "least": 1 / 64, "text": "läbel 1", "limit": 7,
         "parcellation": "p1", "block": block_key("p1", "resid_1", "roi", 1, 0),
-        "community": "b1", "partition": "p", "min_size": 1,
+        "community": "b1", "partition": "p", "min_size": 1, "key": "b2",
     }
     if query.name == "regions_of_feature":
         known["feature"] = feature_key("tiny@1", "d1", "resid_1", 2)
@@ -265,8 +265,25 @@ def test_nodes_and_paths_are_json_of_one_shape(tmp_path: Path) -> None:
         store.merge_edges("WIRED", pl.DataFrame({"source": ["a"], "target": ["b"], "path": ["residual"], "weight": [2.0]}))
         found = store.query("MATCH p = (a:Feature)-[e:WIRED]->(b:Feature) RETURN a AS a, e AS e, p AS p").row(0, named=True)
     a = {"label": "Feature", "properties": {"key": "a", "layer": 0}}
-    wired = {"properties": {"path": "residual", "weight": 2.0}, "type": "WIRED"}
+    wired = {"properties": {"path": "residual", "weight": 2.0}, "type": "WIRED", "source": "a", "target": "b"}
     assert json.loads(found["a"]) == a
     assert json.loads(found["e"]) == wired
     assert json.loads(found["p"])["nodes"][0] == a
-    assert json.loads(found["p"])["relationships"] == [{**wired, "source": "a", "target": "b"}]
+    assert json.loads(found["p"])["relationships"] == [wired]
+
+
+def test_neighbours_and_choices(tmp_path: Path) -> None:
+    with open_graph(tmp_path) as store:
+        store.merge_nodes("Feature", pl.DataFrame({"key": ["a", "b", "c"], "site": ["resid_1", "resid_0", "resid_1"]}))
+        store.merge_nodes("Circuit", pl.DataFrame({"key": ["round"]}))
+        store.merge_nodes("Sequence", pl.DataFrame({"key": ["s", "t"], "task": ["two", "one"]}))
+        drawn = {"source": ["a", "c"], "target": ["b", "a"], "path": ["residual"] * 2, "weight": [0.25, -0.5]}
+        store.merge_edges("WIRED", pl.DataFrame(drawn))
+        store.merge_edges("IN_CIRCUIT", pl.DataFrame({"source": ["a"], "target": ["round"]}))
+        found = run_query(store, "neighbours", {"key": "a"})
+        assert [json.loads(text)["properties"]["key"] for text in found["neighbour"]] == ["round", "c", "b"]
+        assert [json.loads(text)["source"] for text in found["edge"]] == ["a", "c", "a"]
+        assert run_query(store, "neighbours", {"key": "b", "limit": 1}).height == 1
+        choices = parameter_choices(store)
+        assert (choices["site"], choices["circuit"], choices["task"], choices["run"]) == (["resid_0", "resid_1"], ["round"], ["one", "two"], [])
+        assert choices["other_task"] == choices["task"]
