@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import console
+from . import console, running
 from .console import Format
-from .errors import FeatlasError
 from .options import (
     BOS,
     DEFAULT_ATLAS,
@@ -46,6 +45,7 @@ from .options import (
     NoSuchDictionaries,
     NotBoth,
     Positions,
+    Quiet,
     Reach,
     Rule,
     Run,
@@ -90,8 +90,9 @@ if TYPE_CHECKING:
 
 
 @app.callback(invoke_without_command=True)
-def root(context: typer.Context, version: ShowVersion = False) -> None:
+def root(context: typer.Context, version: ShowVersion = False, quiet: Quiet = False) -> None:
     """featlas: a feature atlas of neural networks, in a graph database."""
+    console.be_quiet(quiet)
     if version:
         from importlib import metadata
 
@@ -1327,29 +1328,13 @@ def _settle_threads() -> None:
 def main() -> None:
     """The entry point: run the command, and turn what goes wrong on purpose into one line and an exit code."""
     _settle_threads()
-    try:
-        code = app(standalone_mode=False)
-    except FeatlasError as error:
-        code = _fail(str(error), error.exit_code)
-    except typer.TyperException as error:
-        code = _fail(error.format_message(), 2)
-    except (typer.Abort, KeyboardInterrupt):
-        code = _fail("interrupted", 130)
-    except BrokenPipeError:
-        # the reader went away (`featlas … | head`): nothing to say, and nothing more to flush
-        sys.stdout = None
-        code = 0
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"featlas: {message}\n")
-    return code
+    sys.exit(running.run(app, sys.argv[1:]))
 
 
 from . import (  # noqa: E402 - at the end: they register their commands on this app and take their options from here
     cli_ablation,  # noqa: F401
     cli_communities,  # noqa: F401
+    cli_config,  # noqa: F401
     cli_heads,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401

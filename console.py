@@ -4,6 +4,7 @@ Results go to standard output, everything said on the way (progress, notes) to s
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from . import interruption
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -44,8 +46,27 @@ class OutputFails(UserError):
     """The file asked for cannot be written."""
 
 
+class Settings:
+    """How much is said; the command line settles it once, before a command runs. quiet: results and mistakes only."""
+
+    quiet = False
+
+
+def be_quiet(quiet: bool) -> None:
+    """Say nothing but results and mistakes (or say everything again); the libraries' own bars and warnings go too."""
+    Settings.quiet = quiet
+    if quiet:
+        import warnings
+
+        warnings.simplefilter("ignore")
+        os.environ.update({"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"})
+
+
 def _console(stream: TextIO) -> Console:
-    return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH, markup=False, highlight=False, soft_wrap=False)
+    # NO_COLOR is taken at its word: no escape sequence, bold and dim neither (https://no-color.org).
+    color = None if os.environ.get("NO_COLOR") else "auto"
+    width = None if stream.isatty() else _PIPED_WIDTH
+    return Console(file=stream, width=width, color_system=color, markup=False, highlight=False, soft_wrap=False)
 
 
 def say(text: str = "") -> None:
@@ -54,7 +75,9 @@ def say(text: str = "") -> None:
 
 
 def note(text: str) -> None:
-    """A line about the work, on standard error."""
+    """A line about the work, on standard error; not where one is to be quiet."""
+    if Settings.quiet:
+        return
     _console(sys.stderr).print(Text(text, style="dim"), soft_wrap=True)
 
 
@@ -98,15 +121,21 @@ def _short(value: object) -> object:
 
 @contextmanager
 def progress(label: str, *, quiet: bool = False) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error: call with (done, total, detail); without a terminal it says nothing."""
-    console = _console(sys.stderr)
+    """A progress bar on standard error: call with (done, total, detail); without a terminal it says nothing.
+
+    What interrupts the block becomes an `Interrupted` that knows how far it was.
+    """
+    console, reached = _console(sys.stderr), [interruption.Reached(label, 0, None)]
     columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
     columns += [TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+    hidden = quiet or Settings.quiet or not console.is_terminal
+    with interruption.at(reached), Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task(label, total=None, detail="")
 
         def report(done: int, total: int, detail: str = "") -> None:
+            reached[0] = interruption.Reached(label, done, total)
             bar.update(task, completed=done, total=total, detail=detail)
+            interruption.again()
 
         yield report
 

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from .queries.store import GraphStore
 
 _GROUP = {"no_args_is_help": True, "rich_markup_mode": None, "add_completion": False}
-app = typer.Typer(name="featlas", help="featlas: a feature atlas of neural networks, in a graph database.", **_GROUP)  # type: ignore[arg-type]
+_ROOT = {**_GROUP, "add_completion": True}
+app = typer.Typer(name="featlas", help="featlas: a feature atlas of neural networks, in a graph database.", **_ROOT)  # type: ignore[arg-type]
 tasks_app = typer.Typer(help="Prompt pairs: list, show, build and check them.", **_GROUP)  # type: ignore[arg-type]
 dictionaries_app = typer.Typer(help="Dictionaries: list, train and evaluate them.", **_GROUP)  # type: ignore[arg-type]
 ingest_app = typer.Typer(help="Measure a model: edges into the graph, statistics into DuckDB.", **_GROUP)  # type: ignore[arg-type]
 analyze_app = typer.Typer(help="The science on a measured graph.", **_GROUP)  # type: ignore[arg-type]
 neo4j_app = typer.Typer(help="A local Neo4j server with its Browser.", **_GROUP)  # type: ignore[arg-type]
+config_app = typer.Typer(help="Settings from files: which count, and what they say.", **_GROUP)  # type: ignore[arg-type]
+app.add_typer(config_app, name="config")
 for _name, _sub in (("tasks", tasks_app), ("dictionaries", dictionaries_app), ("ingest", ingest_app), ("analyze", analyze_app), ("neo4j", neo4j_app)):
     app.add_typer(_sub, name=_name)
 
@@ -141,6 +144,9 @@ NormScale = Annotated[
     Literal["one", "mean"], typer.Option("--norm-scale", help="Norms count with their gain alone, or (with a text) with their mean scale too.")
 ]
 Memory = Annotated[str, typer.Option("--memory", help="Memory for working tensors, beside the model and its dictionaries: 512MB, 2GB, …")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", envvar="FEATLAS_QUIET", help="No progress bars and no notes: results and mistakes only.")
+]
 ShowVersion = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]
 
 DEFAULT_ATLAS = Path("atlas")

@@ -349,14 +349,20 @@ class _Writer:
         self._raise()
 
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written, also where one is asked to stop meanwhile: the thread must not outlive its store."""
+        told, interrupt = False, None
         while self._thread.is_alive():
             try:
-                self._queue.put(None, timeout=0.2)
-                break
+                if not told:
+                    self._queue.put(None, timeout=0.2)
+                    told = True
+                self._thread.join(0.2)
             except queue.Full:
                 continue
-        self._thread.join()
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
         if self._error is not None:
             self._raise()
 

@@ -7,6 +7,7 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["FEATLAS_CONFIG"] = ""  # no settings from files of whoever runs the tests
 
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING

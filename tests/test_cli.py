@@ -34,7 +34,7 @@ def featlas(*arguments: object, **environment: str) -> subprocess.CompletedProce
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("FEATLAS_", "NEO4J_"))}
     line, out, err = ["featlas", *map(str, arguments)], io.StringIO(), io.StringIO()
     with (
-        mock.patch.dict(os.environ, clean | environment, clear=True), mock.patch.object(sys, "argv", line),
+        mock.patch.dict(os.environ, {"FEATLAS_CONFIG": "", **clean, **environment}, clear=True), mock.patch.object(sys, "argv", line),
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left,
     ):  # fmt: skip
         cli.main()
@@ -84,6 +84,7 @@ def test_commands_are_those_of_the_design() -> None:
         ("analyze", "agreement"), ("analyze", "selectivity"), ("analyze", "faithfulness"), ("analyze", "effects"), ("analyze", "mixture"),
         ("analyze", "improve"), ("analyze", "rois"), ("analyze", "ablate-rois"), ("analyze", "communities"), ("analyze", "heads"),
         ("analyze", "vision"), ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
+        ("config", "path"), ("config", "show"), ("config", "init"),
     }  # fmt: skip
 
 

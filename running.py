@@ -1,0 +1,105 @@
+"""What stands around every command: its settings are gathered, it is run, and whatever ends it becomes one line and an exit code.
+
+1. `tree` is the commands as the command line knows them, each with --quiet.
+2. `configuration.load` gives options their defaults from files.
+3. The command runs while `interruption` listens.
+4. A mistake of the user's is one line on standard error and exit code 2, a failure one line and 1, an interrupt one line and 130 (143 where the
+   process was terminated). With --json the line is an object: error, kind, exit_code. Anything else is a bug and keeps its traceback.
+"""
+
+import copy
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from . import configuration, console, interruption
+from .errors import FeatlasError
+
+COMPLETE = "_FEATLAS_COMPLETE"
+"""The variable by which a shell asks for completions."""
+
+
+def tree(app: typer.Typer) -> Any:
+    """The commands of an app; --quiet may stand behind any of them."""
+    root: Any = get_command(app)
+    quiet = next((param for param in root.params if param.name == "quiet"), None)
+    if quiet is not None:
+        anywhere = copy.copy(quiet)
+        anywhere.expose_value, anywhere.envvar = False, None
+        anywhere.callback = lambda context, param, value: console.be_quiet(True) if value else None
+        for _, command in configuration.leaves(root):
+            if all(param.name != "quiet" for param in command.params):
+                command.params.append(anywhere)
+    return root
+
+
+def run(app: typer.Typer, arguments: Sequence[str]) -> int:
+    """Run a command line to its end; the exit code."""
+    with interruption.listening() as signals:
+        words: tuple[str, ...] = ()
+        try:
+            root = tree(app)
+            words = configuration.command_of(root, arguments)
+            return _invoked(root, words, arguments)
+        except (SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            if signals.received is not None or isinstance(error, KeyboardInterrupt | typer.Abort):
+                return _interrupted(error, words, arguments, signals.received)
+            code = _failed(error, arguments)
+            if code is None:
+                raise
+            return code
+
+
+def _invoked(root: Any, words: Sequence[str], arguments: Sequence[str]) -> int:
+    """Run the command with its defaults from files. A shell that asks for completions gets them, and the process ends."""
+    if COMPLETE in os.environ:
+        root.main(prog_name="featlas", default_map=configuration.for_completion(root, arguments))
+    # The commands about files of settings say themselves what is wrong with one.
+    defaults = {} if words[:1] == ("config",) else configuration.load(root, arguments).default_map
+    with root.make_context("featlas", list(arguments), default_map=defaults) as context:
+        code = root.invoke(context)
+    return code if isinstance(code, int) else 0
+
+
+def wants_json(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for JSON, even one that cannot be read."""
+    return "--json" in arguments
+
+
+def _failed(error: BaseException, arguments: Sequence[str]) -> int | None:
+    """One line and an exit code for an error that was raised on purpose; None for any other."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, FeatlasError):
+        return _say(str(error), type(error).__name__, error.exit_code, arguments)
+    if isinstance(error, typer.TyperException):
+        return _say(error.format_message(), "BadCommandLine", 2, arguments)
+    if isinstance(error, BrokenPipeError):
+        # the reader went away (`featlas … | head`): nothing to say, and nothing more to flush
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    return None
+
+
+def _interrupted(error: BaseException, words: Sequence[str], arguments: Sequence[str], received: signal.Signals | None) -> int:
+    reached = error.reached if isinstance(error, interruption.Interrupted) else None
+    counts = {} if reached is None else {"stage": reached.label, "done": reached.done, "total": reached.total}
+    message = interruption.explained(words, reached, arguments)
+    return _say(message, "Interrupted", 128 + (received or signal.SIGINT), arguments, **counts)
+
+
+def _say(message: str, kind: str, code: int, arguments: Sequence[str], **more: object) -> int:
+    if wants_json(arguments):
+        message = json.dumps({"error": message, "kind": kind, "exit_code": code, **more}, ensure_ascii=False)
+        sys.stderr.write(f"{message}\n")
+    else:
+        sys.stderr.write(f"featlas: {message}\n")
+    return code
