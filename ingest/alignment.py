@@ -592,8 +592,8 @@ def _token_rows(windows: Windows, part: slice) -> pl.DataFrame:
     frames = []
     for i in range(*part.indices(len(windows.windows))):
         rows = windows.rows[i]
-        texts = np.array(windows.windows[i].texts, dtype=object)[rows]
-        frames.append(pl.DataFrame({"sequence": np.full(len(rows), i), "position": rows, "text": texts.tolist()}, schema_overrides={"text": pl.String}))
+        texts = pl.Series([windows.windows[i].texts[row] for row in rows], dtype=pl.String)
+        frames.append(pl.DataFrame({"sequence": np.full(len(rows), i), "position": rows, "text": texts}))
     return pl.concat(frames)
 
 
