@@ -146,6 +146,7 @@ def tasks_build_command(
     limit: Limit = 100,
     seed: Seed = 0,
     skip_invalid: SkipInvalid = False,
+    as_json: Json = False,
 ) -> None:
     """Write a task's pairs to a JSONL file, which --task takes."""
     from .model.tasks import write_pairs
@@ -153,7 +154,10 @@ def tasks_build_command(
     pairs = _pairs(task, _tokenizer(model), limit, seed, skip_invalid)
     with console.saving(output):
         n = write_pairs(output, pairs)
-    console.say(f"wrote {n} pairs to {output}")
+    if as_json:
+        console.say_json({"output": str(output), "pairs": n})
+    else:
+        console.say(f"wrote {n} pairs to {output}")
 
 
 @tasks_app.command("check")
@@ -207,6 +211,7 @@ def tasks_bios_command(
     source: Annotated[str | None, typer.Option("--from", help="Copy from this data set, as LabHC/bias_in_bios, instead of making texts.")] = None,
     split: Split = "train",
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Write biographies in the form of Bias in Bios: small texts made here, or those of two professions of the data set itself."""
     from itertools import islice
@@ -220,7 +225,10 @@ def tasks_bios_command(
         found = list(islice((bio for bio in read_bios(source, split=split) if contrast.has(bio)), limit))
     with console.saving(output):
         n = write_bios(output, found)
-    console.say(f"wrote {n} biographies to {output}")
+    if as_json:
+        console.say_json({"output": str(output), "biographies": n})
+    else:
+        console.say(f"wrote {n} biographies to {output}")
 
 
 @tasks_app.command("probe")
@@ -332,6 +340,7 @@ def dictionaries_train_command(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Train small dictionaries, all sites from one pass over a corpus, by sae_lens' trainers; resumable."""
     from .model import training
@@ -343,8 +352,11 @@ def dictionaries_train_command(
         sites=training.sites_of(split_names(sites)), architecture=training.Architecture(architecture), width=width, k=k, sparsity=sparsity,
         tokens=tokens, prompt_share=training.TrainingOptions.prompt_share if texts else 0.0, epochs=epochs, heads=heads, seed=seed,
     )  # fmt: skip
-    with console.progress("training") as report:
+    with console.progress("training", quiet=as_json) as report:
         trained = training.train_dictionaries(loaded, corpus, output, options, prompts=texts, progress=lambda p: report(p.done, p.total, p.stage))
+    if as_json:
+        console.say_json([{"site": t.site.name, "folder": str(t.folder), "steps": t.steps, "seconds": t.seconds} for t in trained])
+        return
     console.table(("site", "folder", "steps", "seconds"), [(t.site.name, str(t.folder), t.steps, f"{t.seconds:.0f}") for t in trained])
 
 
@@ -1132,10 +1144,17 @@ def query_command(
     show_list: Annotated[bool, typer.Option("--list", help="List the named queries with their parameters.")] = False,
     atlas: Atlas = DEFAULT_ATLAS,
     graph: Graph = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
 ) -> None:
     """Ask the graph: a named query, or Cypher of your own; read-only unless --write."""
     from .queries.library import list_queries, run_query
 
+    if as_json and format not in (Format.TABLE, Format.JSON):
+        raise NotBoth(f"--json is --format json: leave out one of --json and --format {format.value}")
+    format = Format.JSON if as_json else format
+    if show_list and format is Format.JSON:
+        console.say_json([{"query": q.name, "parameters": [str(parameter) for parameter in q.parameters], "doc": q.doc} for q in list_queries()])
+        return
     if show_list:
         console.table(("query", "parameters", "what it answers"), [(q.name, "; ".join(map(str, q.parameters)), q.doc) for q in list_queries()])
         return
@@ -1209,11 +1228,17 @@ def demo_command(
     seed: Seed = 0,
     atlas: Atlas = DEFAULT_ATLAS,
     graph: Graph = None,
+    as_json: Json = False,
 ) -> None:
     """The whole pipeline on SmolLM2-135M: tasks it solves, statistics, edges, circuit, findings, and an HTML page."""
     from .demo import DemoOptions, run_demo
 
-    run_demo(DemoOptions(atlas=atlas, graph=graph, output=output, limit=min(limit, 4) if fast else limit, seed=seed))
+    options = DemoOptions(atlas=atlas, graph=graph, output=output, limit=min(limit, 4) if fast else limit, seed=seed)
+    with console.aside(as_json):
+        circuit = run_demo(options).circuit
+    if as_json:
+        counts = {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges}
+        console.say_json({"atlas": str(atlas), "run": circuit.selection.run, "circuit": circuit.key, **counts, "output": str(output)})
 
 
 # --- neo4j -----------------------------------------------------------------------------------------------------------
@@ -1247,11 +1272,15 @@ def neo4j_up_command(
 
 
 @neo4j_app.command("down")
-def neo4j_down_command(home: Home = None) -> None:
+def neo4j_down_command(home: Home = None, as_json: Json = False) -> None:
     """Stop the local Neo4j; its data stay."""
     from .queries.neo4j_server import default_home, down
 
-    console.say("Neo4j is stopped" if down(home or default_home()) else "no Neo4j of featlas was running")
+    stopped = down(home or default_home())
+    if as_json:
+        console.say_json({"stopped": stopped})
+    else:
+        console.say("Neo4j is stopped" if stopped else "no Neo4j of featlas was running")
 
 
 @neo4j_app.command("status")

@@ -388,6 +388,7 @@ def plot_command(
     ] = "held-out",
     atlas: Atlas = DEFAULT_ATLAS,
     graph: Graph = None,
+    as_json: Json = False,
 ) -> None:
     """A gallery of what was measured of a run's circuits and kept: faithfulness, controls, single effects; nothing is measured anew."""
     from . import verdict
@@ -402,7 +403,10 @@ def plot_command(
             if statistics is not None:
                 statistics.close()
         output.write_text(page, encoding="utf-8")
-    console.say(f"wrote {output}: open it in any browser")
+    if as_json:
+        console.say_json({"output": str(output), "run": found.key})
+    else:
+        console.say(f"wrote {output}: open it in any browser")
 
 
 @analyze_app.command("improve")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -47,9 +47,13 @@ class OutputFails(UserError):
 
 
 class Settings:
-    """How much is said; the command line settles it once, before a command runs. quiet: results and mistakes only."""
+    """How much is said; the command line settles it once, before a command runs. quiet: results and mistakes only.
+
+    aside: what is said as a result goes to standard error, since the result itself is JSON.
+    """
 
     quiet = False
+    aside = False
 
 
 def be_quiet(quiet: bool) -> None:
@@ -69,9 +73,27 @@ def _console(stream: TextIO) -> Console:
     return Console(file=stream, width=width, color_system=color, markup=False, highlight=False, soft_wrap=False)
 
 
+@contextmanager
+def aside(when: bool = True) -> Iterator[None]:
+    """Where a command of many steps prints JSON at its end: what its steps say goes to standard error meanwhile, or nowhere if quiet."""
+    before, Settings.aside = Settings.aside, when
+    try:
+        yield
+    finally:
+        Settings.aside = before
+
+
+def _print(what: Any, **options: Any) -> None:
+    """Print a part of the result where results go."""
+    if not Settings.aside:
+        _console(sys.stdout).print(what, **options)
+    elif not Settings.quiet:
+        _console(sys.stderr).print(what, **options)
+
+
 def say(text: str = "") -> None:
     """A line of the result."""
-    _console(sys.stdout).print(Text(text), soft_wrap=True)
+    _print(Text(text), soft_wrap=True)
 
 
 def note(text: str) -> None:
@@ -83,7 +105,7 @@ def note(text: str) -> None:
 
 def heading(text: str) -> None:
     """A line that opens a part of the result."""
-    _console(sys.stdout).print(Text(f"\n{text}", style="bold"), soft_wrap=True)
+    _print(Text(f"\n{text}", style="bold"), soft_wrap=True)
 
 
 def say_json(value: object) -> None:
@@ -101,7 +123,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
         grid.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for line in lines:
         grid.add_row(*(Text(cell) for cell in line))
-    _console(sys.stdout).print(grid)
+    _print(grid)
 
 
 def _cell(value: object) -> str:
