@@ -190,19 +190,23 @@ def held_out_pairs(tasks: Sequence[str], tokenizer: Any, n: int, *, seed: int = 
 
 
 def _held_out(task: str, tokenizer: Any, n: int, seed: int) -> list[Pair]:
-    streams = [_draws(space, f"held out:{task}:{label}:{seed}") for label, space in TASKS[task].spaces(Vocabulary(tokenizer)).items()]
-    found: dict[str, Pair] = {}
-    for stream in streams:
-        fitting = (pair for pair in stream if is_held_out(pair.clean) and is_held_out(pair.corrupt))
-        wanted = len(found) + math.ceil((n - len(found)) / (len(streams) - streams.index(stream)))
-        for pair in islice(fitting, 20 * n):
-            if len(found) >= wanted:
-                break
-            if not isinstance(next(iter(encode_pairs([pair], tokenizer))), str):
-                found.setdefault(pair.key, pair)
+    spaces = TASKS[task].spaces(Vocabulary(tokenizer))
+    share = math.ceil(n / len(spaces))
+    labels = [list(islice(_unseen(space, tokenizer, f"held out:{task}:{label}:{seed}"), share)) for label, space in spaces.items()]
+    found = interleave(labels)
     if len(found) < n:
         raise BadSmallModel(f"task {task!r} has {len(found)} pairs that are not trained on: ask for no more than that, not {n}")
-    return list(found.values())
+    return found[:n]
+
+
+def _unseen(space: Space, tokenizer: Any, seed: str) -> Iterator[Pair]:
+    """Distinct pairs of a space that fit the tokenizer and of which neither prompt is trained on."""
+    seen: set[str] = set()
+    for pair in _draws(space, seed):
+        if pair.key not in seen and is_held_out(pair.clean) and is_held_out(pair.corrupt):
+            seen.add(pair.key)
+            if not isinstance(next(iter(encode_pairs([pair], tokenizer))), str):
+                yield pair
 
 
 def _draws(space: Space, seed: str, n: int = 200_000) -> Iterator[Pair]:

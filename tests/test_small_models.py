@@ -60,6 +60,7 @@ def test_held_out_prompts_are_a_tenth_and_never_trained_on(series: Path) -> None
     assert all(map(is_held_out, held))
     assert not [text for text in trained if text.rpartition(" ")[0] in held]
     assert [pair.task for pair in pairs[:4]] == ["agreement", "pronoun", "agreement", "pronoun"]
+    assert [pair.label for pair in pairs[:4]] == ["singular", "female", "plural", "male"]
 
 
 def test_checkpoints_are_saved_as_models_whose_loss_is_what_is_said(series: Path) -> None:
