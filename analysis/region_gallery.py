@@ -375,9 +375,12 @@ def regions_of_run(store: GraphStore, statistics: StatisticsStore, run: RunRow, 
     for key in stored_parcellations(statistics, run.model)["parcellation"]:
         parcellation = read_parcellation(statistics, key)
         if all(run.dictionaries.get(name) == own.dictionary for name, own in parcellation.sites.items()):
-            break
-    else:
-        return None
+            return regions_known(store, statistics, parcellation, sites=sites)
+    return None
+
+
+def regions_known(store: GraphStore, statistics: StatisticsStore, parcellation: Parcellation, *, sites: int = SITES_ABREAST) -> RunRegions:
+    """What the graph and the statistics know of a parcellation's blocks; the path's figure is of the first `sites`."""
     scores, kept = path_frames(parcellation)
     drawn = scores["site"].unique(maintain_order=True).to_list()[:sites]
     subtitle = f"{parcellation.method} of {parcellation.basis}s"
