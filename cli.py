@@ -1319,24 +1319,6 @@ def neo4j_import_command(
         console.say(f"loaded {folder}; Neo4j answers at {info.uri}, its Browser is {info.http_url}")
 
 
-@app.command("export")
-def export_command(
-    folder: Annotated[Path, typer.Argument(help="New or empty folder for the files.")],
-    atlas: Atlas = DEFAULT_ATLAS,
-    graph: Graph = None,
-    as_json: Json = False,
-) -> None:
-    """Write the whole graph as files for Neo4j's offline importer; `featlas neo4j import` loads them into the local server."""
-    from .queries.bulk_import import export_import_files
-
-    with open_atlas(atlas, graph, write=False) as store:
-        written = export_import_files(store, folder)
-    if as_json:
-        console.say_json({"folder": str(written.folder), "n_nodes": written.n_nodes, "n_edges": written.n_edges})
-    else:
-        console.say(f"wrote {written.n_nodes:,} nodes and {written.n_edges:,} edges to {folder}")
-
-
 # --- main ------------------------------------------------------------------------------------------------------------
 
 
@@ -1364,6 +1346,7 @@ from . import (  # noqa: E402 - at the end: they register their commands on this
     cli_ablation,  # noqa: F401
     cli_communities,  # noqa: F401
     cli_config,  # noqa: F401
+    cli_export,  # noqa: F401
     cli_heads,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401

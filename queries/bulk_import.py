@@ -61,13 +61,20 @@ class _Group:
 
 def export_import_files(store: GraphStore, folder: Path, *, rows_per_file: int = ROWS_PER_FILE) -> ImportFiles:
     """Write the whole graph of `store` as import files into `folder`, which is made and must be empty."""
-    nodes = {}
-    for label in NODES.values():
-        columns = ", ".join(f"n.`{name}` AS `{name}`" for name in label.all_columns)
-        rows = store.query(f"MATCH (n:{label.name}) RETURN {columns}")
-        nodes[label.name] = rows.cast({name: column.dtype for name, column in label.all_columns.items()})
-    edges = {name: store.read_edges(name) for name in EDGES}
+    nodes, edges = (dict(frames) for frames in read_whole_graph(store))
     return write_import_files(nodes, edges, folder, rows_per_file=rows_per_file)
+
+
+def read_whole_graph(store: GraphStore) -> tuple[Iterator[tuple[str, pl.DataFrame]], Iterator[tuple[str, pl.DataFrame]]]:
+    """Every node label's and every edge type's rows by name, read one after the other as they are asked for."""
+
+    def nodes() -> Iterator[tuple[str, pl.DataFrame]]:
+        for label in NODES.values():
+            columns = ", ".join(f"n.`{name}` AS `{name}`" for name in label.all_columns)
+            rows = store.query(f"MATCH (n:{label.name}) RETURN {columns}")
+            yield label.name, rows.cast({name: column.dtype for name, column in label.all_columns.items()})
+
+    return nodes(), ((name, store.read_edges(name)) for name in EDGES)
 
 
 def write_import_files(
