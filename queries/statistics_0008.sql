@@ -41,7 +41,7 @@ CREATE TABLE comparison_curves (
     part VARCHAR NOT NULL,
     quantity VARCHAR NOT NULL,
     axis VARCHAR NOT NULL,
-    at DOUBLE NOT NULL,
+    place DOUBLE NOT NULL,
     value DOUBLE,
     "null" VARCHAR NOT NULL,
     null_mean DOUBLE,
