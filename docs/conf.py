@@ -1,0 +1,99 @@
+"""The documentation's site: `make docs` writes it to build/docs; it opens from there in any browser, without a network.
+
+Formulas become MathML while the site is built (docutils has the translator), which every current browser draws by itself. Figures of the
+tutorial are plotly's; its script is copied from the installed package.
+"""
+
+import os
+import re
+import shutil
+from importlib.metadata import version as installed
+from pathlib import Path
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
+
+project = "featlas"
+author = "the featlas developers"
+release = version = installed("featlas")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx_design"]
+exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
+nitpicky = False
+
+html_theme = "furo"
+html_title = "featlas"
+html_static_path = ["_static"]
+html_css_files = ["featlas.css"]
+html_show_sphinx = False
+html_math_renderer = "mathml"
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#0a5", "color-brand-content": "#075"},
+    "dark_css_variables": {"color-brand-primary": "#4c9", "color-brand-content": "#6db"},
+}
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath", "attrs_inline", "attrs_block"]
+myst_heading_anchors = 4
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+# The tutorial takes its first hour's steps on a real model: FEATLAS_DOCS_EXECUTE=0 leaves its cells without results.
+nb_execution_mode = "off" if os.environ.get("FEATLAS_DOCS_EXECUTE") == "0" else "force"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+os.environ["PLOTLY_RENDERER"] = "sphinx_gallery"  # figures as HTML in the page; see `_own_plotly`
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+autosummary_generate = True
+
+_PLOTLY = re.compile(r'<script[^>]*src="https://cdn\.plot\.ly/[^"]*"[^>]*></script>')
+_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+
+
+def _inline_math(self: HTML5Translator, node: nodes.math) -> None:
+    self.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def _display_math(self: HTML5Translator, node: nodes.math_block) -> None:
+    self.body.append(f'<div class="math-block">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
+def _docstrings(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    """Docstrings are plain text with `code`: single backquotes become the doubled ones of reStructuredText, stars are stars."""
+    for i, line in enumerate(lines):
+        parts = _CODE.split(line)
+        lines[i] = "".join(f"``{part}``" if place % 2 else re.sub(r"([*|])", r"\\\1", re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part))
+                           for place, part in enumerate(parts))  # fmt: skip
+
+
+def _own_plotly(app: Sphinx, error: Exception | None) -> None:
+    """Figures draw themselves with the plotly.js of the installed package, not with one from the network."""
+    if error is not None or app.builder.format != "html":
+        return
+    import plotly
+
+    folder = Path(app.outdir)
+    pages = [page for page in folder.rglob("*.html") if "cdn.plot.ly" in page.read_text(encoding="utf-8")]
+    if pages:
+        shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", folder / "_static" / "plotly.min.js")
+    for page in pages:
+        up = "../" * (len(page.relative_to(folder).parts) - 1)
+        text, own = page.read_text(encoding="utf-8"), f'<script src="{up}_static/plotly.min.js"></script>'
+        page.write_text(_PLOTLY.sub(own, text, count=1) if own not in text else text, encoding="utf-8")
+        page.write_text(_PLOTLY.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def setup(app: Sphinx) -> None:
+    """Register the formulas' renderer and the two corrections."""
+    app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
+    app.connect("autodoc-process-docstring", _docstrings)
+    app.connect("build-finished", _own_plotly)
