@@ -224,7 +224,7 @@ def test_windows_are_drawn_by_seed_in_order(tmp_path: Path) -> None:
     limited = aligned_corpus(spec, tokenizers, AlignOptions(length=20), limit=2)
     assert [window.text for window in limited.windows] == [window.text for window in every.windows[:2]]
     with pytest.raises(BadStatisticsOptions, match="--max-segments 1 is less"):
-        aligned_corpus(spec, tokenizers, AlignOptions(length=20, max_segments=1))
+        aligned_corpus(spec, tokenizers, AlignOptions(length=20, max_segments=1), limit=3)
     with pytest.raises(EmptyCorpus, match="no text of two segments"):
         aligned_corpus(corpus(tmp_path, "a"), tokenizers, AlignOptions())
     for wrong in ({"length": 1}, {"batch_size": 0}, {"max_segments": 0}, {"skip_positions": -1}):
