@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import console, running
+from . import checks, completion, console, running
 from .console import Format
 from .options import (
     BOS,
@@ -65,6 +65,7 @@ from .options import (
     WrongModel,
     analyze_app,
     app,
+    corpus_option,
     dictionaries_app,
     ingest_app,
     load_named,
@@ -73,6 +74,7 @@ from .options import (
     open_atlas,
     open_statistics,
     split_names,
+    task_option,
     tasks_app,
 )
 
@@ -105,7 +107,12 @@ def root(context: typer.Context, version: ShowVersion = False, quiet: Quiet = Fa
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
-TaskArgument = Annotated[str, typer.Argument(metavar="TASK", help="Task name, a mixture a+b+c, or a JSONL file of pairs.")]
+TaskArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK", callback=checks.task, autocompletion=completion.tasks, help="Task name, a mixture a+b+c, or a JSONL file of pairs."
+    ),
+]  # fmt: skip
 
 
 @tasks_app.command("list")
@@ -325,7 +332,7 @@ def dictionaries_list_command(
 @dictionaries_app.command("train")
 def dictionaries_train_command(
     sites: Annotated[str, typer.Option("--sites", help="Sites to train on, comma-separated: resid_5,resid_11.")],
-    corpus: Annotated[str, typer.Option("--corpus", help="Text file, folder of them, JSONL with `text`, or Hugging Face data set.")],
+    corpus: Annotated[str, corpus_option("Text file, folder of them, JSONL with `text`, or Hugging Face data set.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to save to, one sub-folder a site; the same call resumes.")],
     model: Model = DEMO_MODEL,
     architecture: Architecture = "topk",
@@ -334,7 +341,7 @@ def dictionaries_train_command(
     sparsity: Annotated[float, typer.Option("--sparsity", help="Coefficient of the sparsity loss (the other kinds).")] = 1.0,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens read in all.")] = 500_000,
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over them.")] = 3,
-    task: Annotated[str | None, typer.Option("--task", help="Mix in the clean prompts of this task or mixture, a fifth of the tokens.")] = None,
+    task: Annotated[str | None, task_option("Mix in the clean prompts of this task or mixture, a fifth of the tokens.")] = None,
     prompts: Annotated[int, typer.Option("--prompts", help="With --task: how many prompts.")] = 2000,
     heads: Annotated[bool, typer.Option("--heads", help="Attention sites: read the heads' outputs before the projection (hook_z).")] = False,
     device: Device = "cpu",
@@ -362,8 +369,8 @@ def dictionaries_train_command(
 
 @dictionaries_app.command("evaluate")
 def dictionaries_evaluate_command(
-    corpus: Annotated[str | None, typer.Option("--corpus", help="Text that they did not see: file, folder, JSONL, or data set.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Instead of a corpus: the clean prompts of a task.")] = None,
+    corpus: Annotated[str | None, corpus_option("Text that they did not see: file, folder, JSONL, or data set.")] = None,
+    task: Annotated[str | None, task_option("Instead of a corpus: the clean prompts of a task.")] = None,
     model: Model = DEMO_MODEL,
     dictionaries: Dictionaries = DEMO_DICTIONARIES,
     sites: Sites = None,
@@ -487,7 +494,7 @@ def _edge_settings(*, metric: str, baseline: str, positions: str = "sum", first_
 
 @ingest_app.command("finish")
 def ingest_finish_command(
-    run: Annotated[str, typer.Argument(help="The run, by its key or the beginning of it.")],
+    run: Annotated[str, typer.Argument(autocompletion=completion.runs, help="The run, by its key or the beginning of it.")],
     atlas: Atlas = DEFAULT_ATLAS,
     graph: Graph = None,
     as_json: Json = False,
@@ -509,8 +516,8 @@ def ingest_finish_command(
 def ingest_statistics_command(
     model: Model = DEMO_MODEL,
     dictionaries: Dictionaries = DEMO_DICTIONARIES,
-    corpus: Annotated[str | None, typer.Option("--corpus", help="Text file, folder of them, JSONL with `text`, or Hugging Face data set.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Instead of a corpus: the texts of a task's pairs.")] = None,
+    corpus: Annotated[str | None, corpus_option("Text file, folder of them, JSONL with `text`, or Hugging Face data set.")] = None,
+    task: Annotated[str | None, task_option("Instead of a corpus: the texts of a task's pairs.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Blocks of text, or pairs of a task (100 unless given), at most.")] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens in a block of text.")] = 128,
     contexts: Annotated[int, typer.Option("--contexts", help="Strongest contexts kept per feature.")] = 10,
@@ -619,8 +626,8 @@ def ingest_weights_command(
     keep: Keep = "both",
     weight: WireWeight = "raw",
     norm_scale: NormScale = "one",
-    task: Annotated[str | None, typer.Option("--task", help="Text for the means of --paths mlp and --norm-scale mean: a task's prompts.")] = None,
-    corpus: Annotated[str | None, typer.Option("--corpus", help="Or a text corpus: file, folder, JSONL with `text`, or data set.")] = None,
+    task: Annotated[str | None, task_option("Text for the means of --paths mlp and --norm-scale mean: a task's prompts.")] = None,
+    corpus: Annotated[str | None, corpus_option("Or a text corpus: file, folder, JSONL with `text`, or data set.")] = None,
     limit: Annotated[int, typer.Option("--limit", help="Pairs of the task, or blocks of the corpus, at most.")] = 100,
     length: Annotated[int, typer.Option("--length", help="Tokens in a block of a corpus.")] = 128,
     heads: Annotated[bool, typer.Option("--heads/--no-heads", help="Attention heads' shares in each feature too, into the statistics store.")] = True,
@@ -787,7 +794,7 @@ def ingest_definitions_command(
 
 def _annotate(atlas: Path, graph: str | None, statistics: "StatisticsStore", run: str) -> int:
     """Frequencies onto the graph's features, where there is a graph."""
-    from .analysis.notes import annotate
+    from .analysis.labels import annotate
 
     if graph is None and not (atlas / "graph.lbug").exists():
         return 0
@@ -941,7 +948,7 @@ def analyze_agreement_command(
     statistics_run: Annotated[str | None, typer.Option("--statistics-run", help="Run of `ingest statistics`; else the last that fits.")] = None,
     weights: Annotated[bool, typer.Option("--weights/--no-weights", help="Look up exact virtual weights, for which the model is loaded.")] = True,
     paths: Annotated[str, typer.Option("--paths", help="Paths that a virtual weight sums: residual, attention, mlp (needs --task).")] = "residual",
-    task: Annotated[str | None, typer.Option("--task", help="Text for the mean slopes of --paths mlp: a task's prompts.")] = None,
+    task: Annotated[str | None, task_option("Text for the mean slopes of --paths mlp: a task's prompts.")] = None,
     limit: Annotated[int, typer.Option("--limit", help="Pairs of that task at most.")] = 100,
     k: Annotated[str, typer.Option("--k", help="Overlap of the k strongest pairs: numbers, or shares such as 0.05.")] = "10,100,1000,0.05",
     draws: Annotated[int, typer.Option("--draws", help="Relabellings that make up each null; p is at least 2 / (draws + 1).")] = 200,
@@ -1135,9 +1142,12 @@ def report_command(
 
 @app.command("query")
 def query_command(
-    name: Annotated[str | None, typer.Argument(help="A named query; --list shows them.")] = None,
+    name: Annotated[str | None, typer.Argument(autocompletion=completion.queries, help="A named query; --list shows them.")] = None,
     cypher: Annotated[str | None, typer.Option("--cypher", help="Cypher of your own instead of a named query.")] = None,
-    param: Annotated[list[str] | None, typer.Option("--param", "-p", help="A parameter, name=value; numbers and JSON are read as such.")] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", "-p", autocompletion=completion.parameters, help="A parameter, name=value; numbers and JSON are read as such."),
+    ] = None,
     format: Annotated[Format, typer.Option("--format", help="How to print or save the answer.")] = Format.TABLE,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Save the answer in this file.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Allow --cypher to change the graph.")] = False,
@@ -1196,7 +1206,7 @@ def _typed(value: str) -> object:
 def doctor_command(
     model: Annotated[str | None, typer.Option("--model", help="Also: does this model load, and solve --task.")] = None,
     dictionaries: Annotated[str | None, typer.Option("--dictionaries", help="Also: do these dictionaries fit --model.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="The task that --model should solve.")] = None,
+    task: Annotated[str | None, task_option("The task that --model should solve.")] = None,
     device: Device = "cpu",
     atlas: Atlas = DEFAULT_ATLAS,
     graph: Graph = None,
@@ -1346,10 +1356,12 @@ from . import (  # noqa: E402 - at the end: they register their commands on this
     cli_ablation,  # noqa: F401
     cli_communities,  # noqa: F401
     cli_config,  # noqa: F401
+    cli_explain,  # noqa: F401
     cli_export,  # noqa: F401
     cli_heads,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401
+    cli_serve,  # noqa: F401
     cli_vision,  # noqa: F401
 )
 

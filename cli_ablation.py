@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import console
+from . import completion, console
 from .errors import UserError
 from .options import (
     DEFAULT_ATLAS,
@@ -65,8 +65,12 @@ HeldOut = Annotated[int, typer.Option("--held-out", help="With --split fresh: se
 Ablations = Annotated[Literal["both", "edge", "node"], typer.Option("--ablation", help="What is cut to leave a circuit.")]
 OneTask = Annotated[str | None, typer.Option("--task", help="Only the run's sequences of this task.")]
 CircuitKeys = Annotated[
-    str | None, typer.Option("--circuit", help="Circuits of the graph, by the beginnings of their keys, comma-separated, instead of a sweep.")
-]
+    str | None,
+    typer.Option(
+        "--circuit", autocompletion=completion.circuits,
+        help="Circuits of the graph, by the beginnings of their keys, comma-separated, instead of a sweep.",
+    ),
+]  # fmt: skip
 Sizes = Annotated[str | None, typer.Option("--sizes", help="Numbers of candidate edges to keep, comma-separated: 20,50,200.")]
 Thresholds = Annotated[str | None, typer.Option("--thresholds", help="Strengths from which on an edge is kept, comma-separated.")]
 Shares = Annotated[
@@ -243,7 +247,9 @@ def analyze_faithfulness_command(
 @analyze_app.command("effects")
 def analyze_effects_command(
     run: Run = None,
-    circuit: Annotated[str | None, typer.Option("--circuit", help="A circuit of the graph, by the beginning of its key.")] = None,
+    circuit: Annotated[
+        str | None, typer.Option("--circuit", autocompletion=completion.circuits, help="A circuit of the graph, by the beginning of its key.")
+    ] = None,
     edges: Annotated[int, typer.Option("--edges", help="Without --circuit: the circuit of about so many of the run's strongest edges.")] = 200,
     within: Annotated[
         Literal["both", "model", "circuit"], typer.Option("--within", help="Cut each edge in the whole model, in the circuit, or both.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import console
+from . import checks, completion, console
 from .cli_ablation import (
     AblationBaseline,
     BadList,
@@ -75,8 +75,23 @@ LevelOption = Annotated[
     ),
 ]
 ParcellationOption = Annotated[
-    str | None, typer.Option("--parcellation", help="Regions found before, by the beginning of their key; those found last unless given.")
+    str | None,
+    typer.Option(
+        "--parcellation", autocompletion=completion.parcellations,
+        help="Regions found before, by the beginning of their key; those found last unless given.",
+    ),
+]  # fmt: skip
+SampledModel = Annotated[
+    str | None,
+    typer.Option("--model", callback=checks.model, help="The samples' model, where it is named otherwise now; as it was then unless given."),
 ]
+SampledDictionaries = Annotated[
+    str | None,
+    typer.Option(
+        "--dictionaries", callback=checks.dictionaries, autocompletion=completion.dictionaries,
+        help="The samples' dictionaries, where they are named otherwise now; as they were then unless given.",
+    ),
+]  # fmt: skip
 Write = Annotated[bool, typer.Option("--write/--no-write", help="Keep the regions in the statistics store and write them into the graph.")]
 RULES = {"held-out": "held-out likelihood", "stability": "stability between halves", "heads": "more blocks than heads"}
 
@@ -122,10 +137,17 @@ def check_sampled(run: "SampleRun", model: str, dictionaries: "SiteDictionaries"
 @analyze_app.command("rois")
 def analyze_rois_command(
     samples: Annotated[
-        str | None, typer.Option("--samples", help="Run of `ingest samples`, by the beginning of its key; the latest unless given.")
+        str | None,
+        typer.Option(
+            "--samples", autocompletion=completion.samples, help="Run of `ingest samples`, by the beginning of its key; the latest unless given."
+        ),
     ] = None,
     parcellation: Annotated[
-        str | None, typer.Option("--parcellation", help="Show regions found before, by the beginning of their key, instead of finding them.")
+        str | None,
+        typer.Option(
+            "--parcellation", autocompletion=completion.parcellations,
+            help="Show regions found before, by the beginning of their key, instead of finding them.",
+        ),
     ] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the regions found before, and leave.")] = False,
     method: MethodOption = "dense-sbm",
@@ -154,8 +176,8 @@ def analyze_rois_command(
         typer.Option("--label", help="Name a region of those found last, or of --parcellation: resid_11/3='plural nouns'; empty takes it back."),
     ] = None,
     show_n: Annotated[int, typer.Option("--show", help="Regions of each site to show.")] = 12,
-    model: Model = None,
-    dictionaries: Dictionaries = None,
+    model: SampledModel = None,
+    dictionaries: SampledDictionaries = None,
     device: Device = "cpu",
     seed: Seed = 0,
     gallery: Gallery = None,

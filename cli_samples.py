@@ -27,8 +27,10 @@ from .options import (
     SkipInvalid,
     StatisticsRun,
     Steps,
+    corpus_option,
     ingest_app,
     load_named,
+    task_option,
 )
 
 Basis = Annotated[
@@ -41,8 +43,8 @@ Basis = Annotated[
 def ingest_samples_command(
     model: Model = DEMO_MODEL,
     dictionaries: Dictionaries = DEMO_DICTIONARIES,
-    corpus: Annotated[str | None, typer.Option("--corpus", help="Text file, folder of them, JSONL with `text`, or Hugging Face data set.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Instead of a corpus: the prompts of a task's pairs, clean and corrupted.")] = None,
+    corpus: Annotated[str | None, corpus_option("Text file, folder of them, JSONL with `text`, or Hugging Face data set.")] = None,
+    task: Annotated[str | None, task_option("Instead of a corpus: the prompts of a task's pairs, clean and corrupted.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Blocks of text, or pairs of a task (100 unless given), to draw from at most.")] = None,
     length: Annotated[int, typer.Option("--length", help="Tokens in a block of text.")] = 128,
     max_tokens: Annotated[

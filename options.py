@@ -1,10 +1,11 @@
 """What the commands share: their groups, the options that mean the same everywhere, how an atlas and a model are opened."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from . import checks, completion
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -30,29 +31,58 @@ for _name, _sub in (("tasks", tasks_app), ("dictionaries", dictionaries_app), ("
 
 DEMO_MODEL, DEMO_DICTIONARIES = "smollm2", "demo"
 
+
+def task_option(help: str) -> Any:
+    """--task: a task's name, a mixture, or a file of pairs."""
+    return typer.Option("--task", callback=checks.task, autocompletion=completion.tasks, help=help)
+
+
+def corpus_option(help: str) -> Any:
+    """--corpus: a text."""
+    return typer.Option("--corpus", callback=checks.corpus, help=help)
+
+
+
 Atlas = Annotated[Path, typer.Option("--atlas", envvar="FEATLAS_ATLAS", help="Folder of the atlas: embedded graph, statistics, manifests.")]
 Graph = Annotated[
-    str | None, typer.Option("--graph", envvar="NEO4J_URI", help="A Neo4j server (bolt://… or neo4j://…) instead of the atlas' embedded graph.")
-]
-Model = Annotated[str, typer.Option("--model", help="Hugging Face name, local folder, .gguf file, or smollm2.")]
+    str | None,
+    typer.Option(
+        "--graph", envvar="NEO4J_URI", callback=checks.graph, help="A Neo4j server (bolt://… or neo4j://…) instead of the atlas' embedded graph."
+    ),
+]  # fmt: skip
+Model = Annotated[str, typer.Option("--model", callback=checks.model, help="Hugging Face name, local folder, .gguf file, or smollm2.")]
 Dictionaries = Annotated[
     str,
     typer.Option(
         "--dictionaries",
+        callback=checks.dictionaries,
+        autocompletion=completion.dictionaries,
         help="Folder with a sub-folder per site, sae_lens release, release:sae_id,…, identity (neurons), identity-heads (the same, at attn_L of the "
         "heads' outputs), or demo.",
     ),
 ]
-Task = Annotated[str, typer.Option("--task", help="Task name, a mixture a+b+c, or a JSONL file of pairs.")]
-Sites = Annotated[str | None, typer.Option("--sites", help="Sites to take, comma-separated: resid_3,mlp_4; all that have a dictionary unless given.")]
-Limit = Annotated[int, typer.Option("--limit", help="Pairs at most.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:0 or mps.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16; attribution wants float32.")]
+Task = Annotated[str, task_option("Task name, a mixture a+b+c, or a JSONL file of pairs.")]
+Sites = Annotated[
+    str | None,
+    typer.Option(
+        "--sites", callback=checks.sites, autocompletion=completion.sites,
+        help="Sites to take, comma-separated: resid_3,mlp_4; all that have a dictionary unless given.",
+    ),
+]  # fmt: skip
+Limit = Annotated[int, typer.Option("--limit", callback=checks.at_least_one, help="Pairs at most.")]
+Device = Annotated[str, typer.Option("--device", callback=checks.device, autocompletion=completion.devices, help="cpu, cuda, cuda:0 or mps.")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", callback=checks.dtype, autocompletion=completion.dtypes, help="float32, bfloat16 or float16; attribution wants float32."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences in one run of the model.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", callback=checks.at_least_one, help="Sequences in one run of the model.")]
 SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Leave out a file's unusable pairs, naming them, instead of refusing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Run = Annotated[str | None, typer.Option("--run", help="The run, by its key or the beginning of it; not needed where there is only one.")]
+Run = Annotated[
+    str | None,
+    typer.Option("--run", autocompletion=completion.runs, help="The run, by its key or the beginning of it; not needed where there is only one."),
+]
 By = Literal["abs_weight", "weight"]
 Rule = Literal["product", "bottleneck"]
 ByOption = Annotated[By, typer.Option("--by", help="Threshold the mean magnitude of the effects, or the magnitude of their mean.")]
@@ -121,8 +151,12 @@ EdgeBatchSize = Annotated[
     int | None, typer.Option("--batch-size", help="Sequences in one run of the model; as many as --memory allows, up to 8, unless given.")
 ]
 StatisticsRun = Annotated[
-    str | None, typer.Option("--statistics-run", help="Run of `ingest statistics` that --baseline mean or noise takes, by the beginning of its key.")
-]
+    str | None,
+    typer.Option(
+        "--statistics-run", autocompletion=completion.statistics_runs,
+        help="Run of `ingest statistics` that --baseline mean or noise takes, by the beginning of its key.",
+    ),
+]  # fmt: skip
 Basis = Annotated[
     Literal["activation", "attribution"],
     typer.Option("--basis", help="Statistics of activations, or (with --task) of each node's attribution to --metric from --baseline."),

@@ -15,12 +15,12 @@ MAY_IMPORT = {
 }
 # a library -> the only files that may import it
 ONLY_IN = {
-    "ladybug": {"queries/embedded.py"},
+    "ladybug": {"queries/embedded.py", "queries/keys.py"},
     "neo4j": {"queries/server.py"},
     "graphdatascience": {"queries/gds.py"},
     "py2neo": set(),
-    "duckdb": {"queries/statistics.py"},
-    "plotly": {"analysis/plots.py", "analysis/region_plots.py", "analysis/matching_plots.py"},
+    "duckdb": {"queries/statistics.py", "queries/keys.py"},
+    "plotly": {"analysis/plots.py", "analysis/region_plots.py", "analysis/matching_plots.py", "analysis/series_plots.py"},
     "fastapi": {"pages/server.py"},
     "uvicorn": {"pages/server.py"},
     "ot": {"analysis/transport.py"},
