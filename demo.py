@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import console, show
 from .analysis.circuits import Circuit, PathRule, Selection, run_circuit, write_circuit
-from .analysis.notes import annotate
+from .analysis.labels import annotate
 from .analysis.report import PageOptions, Report, gather
 from .errors import UserError
 from .ingest.effective import EdgeSettings
@@ -100,7 +100,7 @@ def measure(model: LoadedModel, dictionaries: SiteDictionaries, task: str, optio
         record = measure_statistics(statistics, model, dictionaries, corpus, settings, progress=report)
     console.say(f"statistics: {record.sequences} texts, {record.tokens:,} tokens")
     summary = measure_edges(task, options)
-    with StatisticsStore(options.atlas, read_only=True) as statistics, open_graph(options.graph or options.atlas) as store:
+    with StatisticsStore(options.atlas) as statistics, open_graph(options.graph or options.atlas) as store:
         annotate(store, statistics, record.run)
     return summary
 

@@ -5,15 +5,18 @@ from collections.abc import Collection
 import polars as pl
 
 from ..queries.statistics import StatisticsStore
-from ..queries.store import GraphStore
-from ..queries.subgraphs import model_features
 
-# One row a node: `name` is its label if it has one, else its most telling tokens; `contexts` are its strongest, with the token in 【】.
-NOTES = {"key": pl.String(), "name": pl.String(), "tokens": pl.List(pl.String()), "contexts": pl.List(pl.String()), "frequency": pl.Float64()}
+# One row a node: `name` is its label if it has one, else its most telling tokens; `contexts` are its strongest, with the token in 【】. `label_kind`
+# says who gave the name: hand, file, neuronpedia, automatic (a rule; tokens too), null for names that are the node's own or nobody's.
+NOTES = {
+    "key": pl.String(), "name": pl.String(), "tokens": pl.List(pl.String()), "contexts": pl.List(pl.String()), "frequency": pl.Float64(),
+    "label_kind": pl.String(),
+}  # fmt: skip
 CONTEXTS = {"key": pl.String(), "value": pl.Float64(), "before": pl.List(pl.String()), "token": pl.String(), "after": pl.List(pl.String())}
 
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "⇥", "\r": "␍"})
 SEPARATOR = " · "  # between the tokens of a name: a token may be a comma
+AUTOMATIC_MARK = "≈ "  # before a name that a rule gave, where there are no italics
 _AROUND = 8  # tokens of context on either side
 
 
@@ -22,6 +25,11 @@ def readable(text: str, width: int = 80) -> str:
     line = text.translate(_SHOWN)
     line = line.strip() or line.replace(" ", "␣")
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def marked(name: str, label_kind: str | None) -> str:
+    """A name as text shows it: one that a rule gave is marked."""
+    return AUTOMATIC_MARK + name if label_kind == "automatic" else name
 
 
 def _joined(column: str) -> pl.Expr:
@@ -52,27 +60,10 @@ def strongest_contexts(statistics: StatisticsStore, run: str, keys: Collection[s
     return pl.concat(frames) if frames else pl.DataFrame(schema=CONTEXTS)
 
 
-def annotate(store: GraphStore, statistics: StatisticsStore, run: str) -> int:
-    """Write what a finished statistics run says of the features that the graph has; how many nodes it says something of.
-
-    `frequency`, `mean_activation` and `statistics_run`; and as the label of a feature that has none, its most telling tokens.
-    """
-    present = model_features(store, statistics.run(run).model)
-    rows = statistics.feature_properties(run).join(present.select("key"), on="key", how="semi")
-    if rows.is_empty():
-        return 0
-    store.merge_nodes("Feature", rows)
-    unnamed = present.filter(pl.col("label").is_null() & (pl.col("kind") == "feature")).join(rows.select("key"), on="key", how="semi")
-    notes = feature_notes(unnamed, strongest_contexts(statistics, run, unnamed["key"].to_list())).filter(pl.col("tokens").list.len() > 0)
-    if notes.height:
-        store.merge_nodes("Feature", notes.select("key", pl.col("name").alias("label")))
-    return rows.height
-
-
 def feature_notes(
     features: pl.DataFrame, contexts: pl.DataFrame, *, output: str = "output", n_tokens: int = 3, n_contexts: int = 4
 ) -> pl.DataFrame:
-    """A frame of schema `NOTES`, one row for each of `features` (`key, site, kind, index, label, frequency`).
+    """A frame of schema `NOTES`, one row for each of `features` (`key, site, kind, index, label, frequency`, and `label_kind` where it is known).
 
     `contexts` (schema `CONTEXTS`) are the strongest places of each feature; a feature without label or contexts is named by its index.
     `output` is what to call the output node: the metric.
@@ -87,7 +78,12 @@ def feature_notes(
         .when(pl.col("tokens").is_not_null()).then(shown.list.unique(maintain_order=True).list.join(SEPARATOR))
         .otherwise(unnamed)
     )
+    if "label_kind" not in known.columns:
+        known = known.with_columns(label_kind=pl.lit(None, dtype=pl.String))
+    by_tokens = pl.col("label").is_null() & (pl.col("kind") == "feature") & pl.col("tokens").is_not_null()
+    kind = pl.when(by_tokens).then(pl.lit("automatic")).when(pl.col("label").is_not_null()).then(pl.col("label_kind").cast(pl.String))
     empty = pl.lit([], dtype=pl.List(pl.String))
     return known.select(
-        "key", name.alias("name"), pl.col("tokens").fill_null(empty), pl.col("contexts").fill_null(empty), pl.col("frequency").cast(pl.Float64)
+        "key", name.alias("name"), pl.col("tokens").fill_null(empty), pl.col("contexts").fill_null(empty), pl.col("frequency").cast(pl.Float64),
+        kind.alias("label_kind"),
     )

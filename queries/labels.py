@@ -2,7 +2,8 @@
 
 1. A label has a kind: given by hand, read from a file, from Neuronpedia, or automatic (found by a rule, with the numbers that it stands on). All are
    kept; one of the same feature, kind, rule and source replaces the one before, and a feature has one label by hand.
-2. The best label is that of the first of these kinds; of several the summary of the automatic ones, then the newest.
+2. The best label is that of the first of these kinds; of several the newest, of the automatic ones the summary, or without one the tokens. What
+   the other rules say stands in the store beside it.
 3. `apply_labels` makes the graph say so, `Feature.label` and `Feature.label_kind`. The statistics store is what counts: a graph that is measured
    again, or anew, gets its labels from there. `adopt_labels` takes over what people wrote into the graph itself.
 """
@@ -28,8 +29,8 @@ class LabelKind(StrEnum):
     AUTOMATIC = "automatic"
 
 
-SUMMARY = "summary"
-"""The rule of the automatic label that joins the others."""
+SUMMARY, TOKENS = "summary", "tokens"
+"""The rules of automatic labels that a feature is called by: what joins them all, and the tokens that it fires on."""
 
 LONGEST = 500
 """Characters of a label."""
@@ -56,7 +57,8 @@ SITES: Mapping[str, pl.DataType] = MappingProxyType({"model": pl.String(), "dict
 
 _IDENTITY = ("key", "kind", "rule", "source")
 _RANK = "CASE kind WHEN 'hand' THEN 0 WHEN 'file' THEN 1 WHEN 'neuronpedia' THEN 2 ELSE 3 END"
-_BEST_FIRST = f"{_RANK}, rule <> '{SUMMARY}', written DESC, rule, source"
+_BEST_FIRST = f"{_RANK}, rule <> '{SUMMARY}', rule <> '{TOKENS}', written DESC, rule, source"
+_A_NAME = f"(kind <> 'automatic' OR rule IN ('{SUMMARY}', '{TOKENS}'))"
 
 
 class BadLabel(UserError):
@@ -244,7 +246,7 @@ def list_labels(
 def best_labels(statistics: StatisticsStore, keys: Collection[str] | None = None) -> pl.DataFrame:
     """The best label of each feature that has one (`LABEL_COLUMNS`), of all features unless `keys` are given, by key."""
     rows = statistics.query(
-        "SELECT * FROM feature_labels WHERE ($keys IS NULL OR key IN (SELECT unnest($keys::VARCHAR[])))"
+        f"SELECT * FROM feature_labels WHERE {_A_NAME} AND ($keys IS NULL OR key IN (SELECT unnest($keys::VARCHAR[])))"
         f" QUALIFY row_number() OVER (PARTITION BY key ORDER BY {_BEST_FIRST}) = 1 ORDER BY key",
         {"keys": None if keys is None else list(keys)},
     )
@@ -252,10 +254,11 @@ def best_labels(statistics: StatisticsStore, keys: Collection[str] | None = None
 
 
 def label_summary(statistics: StatisticsStore) -> pl.DataFrame:
-    """How many labels of each kind, rule and source there are: `kind, rule, source, n, features, written` (the last)."""
+    """How many labels there are by kind, rule and (but for automatic ones) source: `kind, rule, source, n, features, written` (the last)."""
     return statistics.query(
-        "SELECT kind, rule, source, count(*) AS n, count(DISTINCT key) AS features, max(written) AS written FROM feature_labels"
-        f" GROUP BY kind, rule, source ORDER BY {_RANK}, rule <> '{SUMMARY}', rule, source"
+        "SELECT kind, rule, origin AS source, count(*) AS n, count(DISTINCT key) AS features, max(written) AS written"
+        " FROM (SELECT *, CASE kind WHEN 'automatic' THEN '' ELSE source END AS origin FROM feature_labels) GROUP BY kind, rule, origin"
+        f" ORDER BY {_RANK}, rule <> '{SUMMARY}', rule, source"
     )
 
 
@@ -338,7 +341,7 @@ def search_labels(
 
 
 def _shown(statistics: StatisticsStore, keys: list[str], wanted: search.Wanted) -> pl.DataFrame:
-    """Per key the text that has most of the query's terms, rather a context of such a token (in 【】) than a label or another context; `key, text`."""
+    """Per key the text that has most of the query's terms, a context of such a token (in 【】) rather than a label or other context; `key, text`."""
     labels = labels_of(statistics, keys).select("key", "label").with_columns(n=search.matching(pl.col("label"), wanted), at=pl.lit(1))
     around = statistics.query(
         "SELECT s.key, c.before, c.token, c.after FROM contexts c"

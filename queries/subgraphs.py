@@ -32,10 +32,10 @@ class RunRow:
     properties: Mapping[str, object]
 
 
-# column: polars type; `label` and `frequency` may be null
+# column: polars type; `label`, `frequency` and `label_kind` may be null
 FEATURES = {
     "key": pl.String(), "model": pl.String(), "dictionary": pl.String(), "site": pl.String(), "layer": pl.Int64(), "kind": pl.String(),
-    "index": pl.Int64(), "label": pl.String(), "frequency": pl.Float64(),
+    "index": pl.Int64(), "label": pl.String(), "frequency": pl.Float64(), "label_kind": pl.String(),
 }  # fmt: skip
 SEQUENCES = {name: pl.String() for name in ("key", "task", "clean", "corrupt", "answer", "wrong_answer")}
 MEASURED = {"metric_clean": pl.Float64(), "metric_corrupt": pl.Float64(), "n_edges": pl.Int64()}
