@@ -548,16 +548,16 @@ class AtlasCircuit:
         return flow_figure(self.sites)
 
     def to_igraph(self) -> "igraph.Graph":
-        """The circuit as a directed igraph graph; nodes and edges keep their columns as attributes."""
-        from .analysis.exchange import to_igraph
+        """The circuit as a directed igraph graph: `vs["label"]` are names, `es["weight"]` strengths, `es["effect"]` signed effects."""
+        from .analysis.exchange import circuit_frames, to_igraph
 
-        return to_igraph(self.circuit)
+        return to_igraph(circuit_frames(self.circuit, self.notes))
 
     def to_networkx(self) -> "networkx.DiGraph":
-        """The circuit as a directed networkx graph; nodes and edges keep their columns as attributes."""
-        from .analysis.exchange import to_networkx
+        """The circuit as a directed networkx graph, its nodes by key, with the same attributes."""
+        from .analysis.exchange import circuit_frames, to_networkx
 
-        return to_networkx(self.circuit)
+        return to_networkx(circuit_frames(self.circuit, self.notes))
 
     def save(self) -> str:
         """Write it into the graph as a `Circuit`; its key. Raises `ReadOnly` unless the atlas was opened with `read_only=False`."""

@@ -4,6 +4,8 @@ Heavy imports stand inside the commands, so that `featlas --help` answers at onc
 error and exit code 2, a failure one line and 1; anything else is a bug and keeps its traceback.
 """
 
+from . import starting  # noqa: F401, I001 - first: it says what Ctrl-C does while the others are imported
+
 import json
 import os
 import sys
@@ -1359,6 +1361,7 @@ from . import (  # noqa: E402 - at the end: they register their commands on this
     cli_explain,  # noqa: F401
     cli_export,  # noqa: F401
     cli_heads,  # noqa: F401
+    cli_match,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401
     cli_serve,  # noqa: F401

@@ -101,7 +101,7 @@ def number(value: float, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def _called(site: str, node: int, names: Names, width: int = 34) -> str:
+def called(site: str, node: int, names: Names, width: int = 34) -> str:
     """What a node is called, and where it stands."""
     if site == "y":
         return readable(names.get((site, node), "output"), width)
@@ -110,7 +110,7 @@ def _called(site: str, node: int, names: Names, width: int = 34) -> str:
     return f"{place}  {readable(own, width)}"
 
 
-def _token(tokens: Sequence[str], position: int) -> str:
+def token(tokens: Sequence[str], position: int) -> str:
     """A position with its token."""
     return f"“{readable(tokens[position], 16)}” ({position})" if 0 <= position < len(tokens) else str(position)
 
@@ -151,9 +151,8 @@ def _number_line(sheet: Sheet, marks: Sequence[tuple[str, float, str, bool]], *,
 def ablation_drawing(shown: AblationSteps, target: TargetSteps, names: Names, tokens: Sequence[str], *, title: str, subtitle: str) -> str:
     """How one live target of an ablated pass is computed, then what the output of the whole pass is. SVG text."""
     sheet = Sheet()
-    called = _called(target.site, target.node, names)
     sheet.head(title, subtitle)
-    _sources_panel(sheet, target, names, tokens, called)
+    _sources_panel(sheet, target, names, tokens)
     _way_panel(sheet, target)
     _function_panel(sheet, target)
     _entries_panel(sheet, target, names)
@@ -175,21 +174,22 @@ def ablation_drawing(shown: AblationSteps, target: TargetSteps, names: Names, to
     return sheet.svg()
 
 
-def _sources_panel(sheet: Sheet, target: TargetSteps, names: Names, tokens: Sequence[str], called: str) -> None:
+def _sources_panel(sheet: Sheet, target: TargetSteps, names: Names, tokens: Sequence[str]) -> None:
     """The kept edges' sources, each on a line of its own."""
     n = len(target.sources)
     sheet.panel(
         "Take the circuit's edges into the target",
-        f"The target: {called}, at {_token(tokens, target.position)}. The circuit's edges bring {n} value{'s' * (n != 1)} that differ from "
-        f"the baseline, already ablated themselves. {target.n_cut:,} other nodes that it could read, and that the clean run moves, stay at theirs.",
+        f"The target: {called(target.site, target.node, names)}, at {token(tokens, target.position)}. The circuit's edges bring {n} "
+        f"value{'s' * (n != 1)} that differ from the baseline, already ablated themselves. {target.n_cut:,} other nodes that it could read, and that "
+        "the clean run moves, stay at theirs.",
     )
     shown = target.sources[:_SHOWN_SOURCES]
     values = [value for one in shown for value in (one.baseline, one.clean, one.alive)]
     scale = _Scale.over([*values, 0.0], 470, WIDTH - 90)
     for one in shown:
         y = sheet.y + 6
-        sheet.text(INDENT, y + 4, f"{_called(one.site, one.node, names, 30)}")
-        sheet.text(450, y + 4, _token(tokens, one.position), colour=SOFT, anchor="end", size=12)
+        sheet.text(INDENT, y + 4, f"{called(one.site, one.node, names, 30)}")
+        sheet.text(450, y + 4, token(tokens, one.position), colour=SOFT, anchor="end", size=12)
         sheet.line(470, y, WIDTH - 90, y, width=1)
         sheet.line(scale(one.baseline), y, scale(one.alive), y, colour=ALIVE, width=3)
         sheet.dot(scale(one.baseline), y, colour=BASE, hollow=True, radius=4)
@@ -271,12 +271,12 @@ def _entries_panel(sheet: Sheet, target: TargetSteps, names: Names) -> None:
 def attribution_drawing(shown: AttributionSteps, names: Names, tokens: Sequence[str], *, title: str, subtitle: str, metric: str = "metric") -> str:
     """How one edge's weight comes about. SVG text."""
     sheet = Sheet()
-    source, target = (_called(*end[:2], names) for end in (shown.source, shown.target))
+    source, target = (called(*end[:2], names) for end in (shown.source, shown.target))
     sheet.head(title, subtitle)
     n, output = len(shown.steps), shown.target[0] == "y"
     sheet.panel(
         "Move all that d reads",
-        f"u: {source}, at {_token(tokens, shown.source[2])}. d: {target}, at {_token(tokens, shown.target[2])}. What d reads goes from its baseline "
+        f"u: {source}, at {token(tokens, shown.source[2])}. d: {target}, at {token(tokens, shown.target[2])}. What d reads goes from its baseline "
         f"to its clean value in {n} step{'s' * (n != 1)}: x(α) = x_base + α (x_clean − x_base), all parents and all positions together.",
     )
     left, right, y = INDENT + 20, WIDTH - 90, sheet.y + 12

@@ -63,8 +63,8 @@ def find_node(store: GraphStore, name: str) -> dict[str, object]:
     site, _, index = name.rpartition("/")
     by_place, given = "f.key = $name", {"name": name}
     if "|" not in name and site:
-        by_place = "f.site = $site AND " + ("f.kind = 'error'" if index == "error" else "f.`index` = $index AND f.kind = 'feature'")
-        given = {"site": site} if index == "error" else {"site": site, "index": _number(name, index)}
+        by_place = "f.site = $site AND " + ("f.kind = 'error'" if index == "error" else "f.`index` = $number AND f.kind = 'feature'")
+        given = {"site": site} if index == "error" else {"site": site, "number": _number(name, index)}
     elif name == "y":
         by_place, given = "f.kind = 'output'", {}
     found = _typed(store.query(f"MATCH (f:Feature) WHERE {by_place} RETURN {_columns(FOUND)} ORDER BY f.key", given), FOUND)

@@ -76,14 +76,14 @@ def test_each_command_has_help(command: tuple[str, ...]) -> None:
 
 def test_commands_are_those_of_the_design() -> None:
     assert set(all_commands()) == {
-        ("demo",), ("doctor",), ("query",), ("report",), ("export",), ("neo4j", "import"),
+        ("demo",), ("doctor",), ("query",), ("report",), ("serve",), ("export",), ("neo4j", "import"),
         ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"), ("tasks", "bios"), ("tasks", "probe"),
         ("dictionaries", "list"), ("dictionaries", "train"), ("dictionaries", "evaluate"), ("ingest", "edges"), ("ingest", "statistics"),
         ("ingest", "samples"),
         ("ingest", "finish"), ("ingest", "weights"), ("ingest", "correlations"), ("ingest", "definitions"), ("analyze", "circuit"),
         ("analyze", "agreement"), ("analyze", "selectivity"), ("analyze", "faithfulness"), ("analyze", "effects"), ("analyze", "mixture"),
         ("analyze", "improve"), ("analyze", "rois"), ("analyze", "ablate-rois"), ("analyze", "communities"), ("analyze", "heads"),
-        ("analyze", "vision"), ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
+        ("analyze", "vision"), ("explain", "ablation"), ("explain", "attribution"), ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
         ("config", "path"), ("config", "show"), ("config", "init"),
     }  # fmt: skip
 

@@ -44,7 +44,7 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def with_run(line: str, atlas: Path) -> str:
     """The line with a run's key: by the end the graph has two runs, the demo's and the ingested one, where the page's reader has one."""
     group, name = line.split()[1:3]
-    if group not in ("analyze", "query", "report", "plot") and "RUN" not in line:
+    if group not in ("analyze", "explain", "query", "report", "plot") and "RUN" not in line:
         return line
     if name in ("selectivity", "heads", "vision", "rois"):  # which measure on their own, or read samples
         return line
