@@ -83,7 +83,8 @@ def test_commands_are_those_of_the_design() -> None:
         ("ingest", "finish"), ("ingest", "weights"), ("ingest", "correlations"), ("ingest", "definitions"), ("analyze", "circuit"),
         ("analyze", "agreement"), ("analyze", "selectivity"), ("analyze", "faithfulness"), ("analyze", "effects"), ("analyze", "mixture"),
         ("analyze", "improve"), ("analyze", "rois"), ("analyze", "ablate-rois"), ("analyze", "communities"), ("analyze", "heads"),
-        ("analyze", "vision"), ("explain", "ablation"), ("explain", "attribution"), ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
+        ("analyze", "vision"), ("explain", "ablation"), ("explain", "attribution"),
+        ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
         ("config", "path"), ("config", "show"), ("config", "init"),
     }  # fmt: skip
 
