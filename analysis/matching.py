@@ -37,6 +37,10 @@ from ..queries.matches import (
     MatchingRows,
     Method,
     Pairing,
+    list_matchings,
+    read_matches,
+    read_scores,
+    read_site_pairs,
     replace_matches,
     write_matching,
 )
@@ -340,9 +344,7 @@ class _PairOfSites:
 
 def match(aligned: Aligned, options: MatchOptions | None = None, *, progress: Report | None = None) -> Matching:
     """Match the features of the two sides of aligned samples. Raises `NothingToMatch`."""
-    options = options or MatchOptions()
-    null = options.null or (Null.SHIFT if aligned.settings.get("of_task") else Null.SEQUENCES)
-    options = replace(options, null=null)
+    options = _decided(aligned, options or MatchOptions())
     live_a, live_b = (_sites(side, options) for side in (aligned.a, aligned.b))
     counts = [{site: live(site).n for site in side.site_names} for live, side in ((live_a, aligned.a), (live_b, aligned.b))]
     for model, own in zip((aligned.model_a, aligned.model_b), counts):
@@ -350,7 +352,7 @@ def match(aligned: Aligned, options: MatchOptions | None = None, *, progress: Re
             raise NothingToMatch(f"no feature of {model} is active on {options.min_active} of {aligned.n_segments} segments: give more text")
     first = aligned.a.site(aligned.a.site_names[0])
     random = np.random.default_rng(options.seed)
-    draws = [null_rows(first.sequence, first.group, null, random) for _ in range(options.draws)]
+    draws = [null_rows(first.sequence, first.group, Null(options.null), random) for _ in range(options.draws)]
     found: dict[tuple[str, str], _PairOfSites] = {}
     for one in aligned.a.site_names:
         for other in aligned.b.site_names:
@@ -359,6 +361,22 @@ def match(aligned: Aligned, options: MatchOptions | None = None, *, progress: Re
                 progress(len(found), len(aligned.a.site_names) * len(aligned.b.site_names))
     features = [{site: live(site).features for site in side.site_names} for live, side in ((live_a, aligned.a), (live_b, aligned.b))]
     return _matching(aligned, options, found, features)
+
+
+def _decided(aligned: Aligned, options: MatchOptions) -> MatchOptions:
+    """The options with the null that fits the text where none is given."""
+    return replace(options, null=options.null or (Null.SHIFT if aligned.settings.get("of_task") else Null.SEQUENCES))
+
+
+def _settings(options: MatchOptions) -> dict[str, Any]:
+    """What of the options determines the result, as JSON has it."""
+    return {**{name: value for name, value in asdict(options).items() if name != "memory"}, "null": str(options.null)}
+
+
+def matching_key(aligned: Aligned, options: MatchOptions | None = None) -> str:
+    """The key of what `match` would find: a hash of the aligned samples and the options."""
+    content = [aligned.key, _settings(_decided(aligned, options or MatchOptions()))]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
 
 def _sites(side: AlignedRun, options: MatchOptions) -> Callable[[str], LiveSite]:
@@ -446,9 +464,8 @@ def _matching(
     sites = _site_rows(aligned, searches, counts, options, pairs)
     scores = pl.concat([_histogram(search, sites, options.draws) for sites, search in [(("", ""), whole), *searches.items()]])
     numbers = _numbers(whole, sum(counts[0].values()), sum(counts[1].values()), options)
-    settings = {**{name: value for name, value in asdict(options).items() if name != "memory"}, "null": str(options.null)}
-    key = hashlib.sha256(json.dumps([aligned.key, settings], sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
-    return Matching(key, aligned.key, aligned.model_a, aligned.model_b, aligned.source, pairs, sites, scores, numbers, settings)
+    ends = (aligned.key, aligned.model_a, aligned.model_b, aligned.source)
+    return Matching(matching_key(aligned, options), *ends, pairs, sites, scores, numbers, _settings(options))
 
 
 def _nodes(side: AlignedRun, features: Mapping[str, IntArray]) -> pl.DataFrame:
@@ -558,6 +575,50 @@ def keep_matching(statistics: StatisticsStore, matching: Matching) -> None:
         "settings": json.dumps(dict(matching.settings), sort_keys=True), **matching.overall,
     }  # fmt: skip
     write_matching(statistics, MatchingRows(matching.key, record, matching.sites, matching.pairs, matching.scores))
+
+
+def stored_matching(statistics: StatisticsStore, key: str) -> Matching | None:
+    """A matching that was kept, by its whole key; None where there is none."""
+    there = list_matchings(statistics).filter(pl.col("matching") == key)
+    if there.is_empty():
+        return None
+    row = there.row(0, named=True)
+    frames = read_matches(statistics, key), read_site_pairs(statistics, key), read_scores(statistics, key)
+    overall = {name: row[name] for name in OVERALL}
+    return Matching(key, row["aligned"], row["model_a"], row["model_b"], row["source"], *frames, overall, json.loads(row["settings"]))
+
+
+_ENDS = ("source", "target", "site_a", "feature_a", "site_b", "feature_b", "score")
+CONTEXTS = {**{name: PAIRS[name] for name in _ENDS}, "texts": pl.List(pl.String)}
+"""The columns of `shared_contexts`."""
+
+
+def shared_contexts(aligned: Aligned, matching: Matching, n: int, *, texts: int = 4) -> pl.DataFrame:
+    """The `n` best matches over all sites that are strongest at different texts, as `CONTEXTS`.
+
+    texts: segments at which both are strongest, by the smaller of the two shares of their own maximum.
+    """
+    chosen = (pl.col("method") == str(Method.ALL_SITES)) & pl.col("mutual") & pl.col("significant")
+    best = matching.pairs.filter(chosen).sort(pl.col("score").abs(), "source", descending=[True, False]).head(8 * n)
+    segments = aligned.a.tokens()["text"].fill_null("")
+    read = lru_cache(maxsize=2)(lambda side, site: side.site(site).values)
+    found, seen = {}, set()
+    for (one, other), own in sorted(best.group_by("site_a", "site_b"), key=lambda group: group[0]):
+        sides = [(read(aligned.a, one), own["feature_a"]), (read(aligned.b, other), own["feature_b"])]
+        columns = [np.abs(values[:, features.to_numpy()]) for values, features in sides]
+        dense = [part.toarray() if sparse.issparse(part) else np.asarray(part) for part in columns]
+        both = np.minimum(*(part / part.max(axis=0) for part in dense))
+        for place, source in enumerate(own["source"]):
+            order = np.argsort(-both[:, place], kind="stable")
+            strong = segments[order[both[order, place] > 0][: 40 * texts]]
+            found[source, own["target"][place]] = strong.unique(maintain_order=True).head(texts).to_list()
+    rows = []
+    for row in best.iter_rows(named=True):
+        told = found[row["source"], row["target"]]
+        if tuple(told[:1]) not in seen and len(rows) < n:
+            seen.add(tuple(told[:1]))
+            rows.append({**{name: row[name] for name in _ENDS}, "texts": told})
+    return pl.DataFrame(rows, schema=CONTEXTS)
 
 
 def write_matches(graph: GraphStore, matching: Matching, aligned: Aligned, methods: Sequence[Method] = (Method.ALL_SITES,)) -> int:
