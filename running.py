@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -42,20 +43,29 @@ def tree(app: typer.Typer) -> Any:
 def run(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run a command line to its end; the exit code."""
     with interruption.listening() as signals:
-        words: tuple[str, ...] = ()
-        try:
-            root = tree(app)
-            words = configuration.command_of(root, arguments)
-            return _invoked(root, words, arguments)
-        except (SystemExit, GeneratorExit):
+        code = _run(app, arguments, signals)
+        for stream in (sys.stdout, sys.stderr):  # what comes now may end the process at once
+            if stream is not None:
+                with suppress(OSError, ValueError):
+                    stream.flush()
+        return code
+
+
+def _run(app: typer.Typer, arguments: Sequence[str], signals: interruption.Signals) -> int:
+    words: tuple[str, ...] = ()
+    try:
+        root = tree(app)
+        words = configuration.command_of(root, arguments)
+        return _invoked(root, words, arguments)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if signals.received is not None or isinstance(error, KeyboardInterrupt | typer.Abort):
+            return _interrupted(error, words, arguments, signals.received)
+        code = _failed(error, arguments)
+        if code is None:
             raise
-        except BaseException as error:
-            if signals.received is not None or isinstance(error, KeyboardInterrupt | typer.Abort):
-                return _interrupted(error, words, arguments, signals.received)
-            code = _failed(error, arguments)
-            if code is None:
-                raise
-            return code
+        return code
 
 
 def _invoked(root: Any, words: Sequence[str], arguments: Sequence[str]) -> int:
@@ -99,6 +109,8 @@ def _interrupted(error: BaseException, words: Sequence[str], arguments: Sequence
 def _say(message: str, kind: str, code: int, arguments: Sequence[str], **more: object) -> int:
     if wants_json(arguments):
         message = json.dumps({"error": message, "kind": kind, "exit_code": code, **more}, ensure_ascii=False)
+        sys.stderr.write(f"{message}\n")
+    elif message.startswith("Usage: "):  # a group without a command: the help says enough
         sys.stderr.write(f"{message}\n")
     else:
         sys.stderr.write(f"featlas: {message}\n")
