@@ -1,0 +1,71 @@
+"""The page itself as one HTML text: styles, libraries and scripts inlined, so that it opens without a network.
+
+Nothing of an atlas is ever part of the HTML or of a script: contents are JSON in an element that is not run, or are fetched, and the scripts put
+them on the page as text. The page's policy names every script that it may run by its hash, and forbids every address.
+"""
+
+import base64
+import gzip
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from string import Template
+
+from ..analysis.plots import plotly_script
+
+SCRIPTS = ("page.js", "graph.js", "panel.js", "sections.js")
+"""The page's own scripts, in order; a page that is alive has more."""
+
+PACKED_FROM = 200_000
+"""Bytes of contents from which on they are embedded compressed."""
+
+
+def asset(name: str) -> str:
+    """A file of this folder."""
+    return resources.files(__package__).joinpath(*name.split("/")).read_text(encoding="utf-8")
+
+
+def document(title: str, *, scripts: Sequence[str], data: str = "", nonce: str | None = None, plotly: bool = True) -> str:
+    """The page: `scripts` are the texts of what it runs after its libraries, `data` the elements that hold its contents.
+
+    With a `nonce` every script carries it, and the policy is the server's to send; without, the page has a policy of its own, which names the
+    scripts by their hashes.
+    """
+    libraries = [asset("vendor/cytoscape.min.js"), *([plotly_script()] if plotly else [])]
+    texts = [_unbroken(text) for text in (*libraries, *scripts)]
+    tag = "<script>" if nonce is None else f'<script nonce="{html.escape(nonce)}">'
+    return Template(asset("page.html")).substitute(
+        title=html.escape(title), style=asset("page.css"), data=data, scripts="\n".join(f"{tag}{text}</script>" for text in texts),
+        policy="" if nonce is not None else f'<meta http-equiv="Content-Security-Policy" content="{_policy(texts)}">\n',
+    )  # fmt: skip
+
+
+def own_scripts() -> list[str]:
+    """The texts of the page's own scripts."""
+    return [asset(name) for name in SCRIPTS]
+
+
+def embedded(contents: Mapping[str, object]) -> str:
+    """The element that holds a report's contents, compressed where they are long."""
+    text = json.dumps(contents, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    if len(text.encode()) >= PACKED_FROM:
+        packed = base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+        return f'<script type="application/octet-stream" id="atlas-data-gzip">{packed}</script>'
+    # no tag can begin or end inside of it
+    safe = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    return f'<script type="application/json" id="atlas-data">{safe}</script>'
+
+
+def _unbroken(script: str) -> str:
+    """A script that does not end, or change how it is read, where its own text says so."""
+    return re.sub(r"<(?=/script|!--)", r"\\x3c", script, flags=re.IGNORECASE)
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """What the page may do: run these scripts, style itself, draw pictures of its own; ask no address for anything."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
+    rest = "style-src 'unsafe-inline'; img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src {hashes}; {rest}"
