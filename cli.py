@@ -1281,6 +1281,7 @@ def neo4j_up_command(
     console.say(f"Neo4j answers at {info.uri}; its Browser is {info.http_url}")
     console.say(f"log in as {info.username} with the password in {info.password_file}")
     console.say(f"use it with --graph {info.uri}, or: export NEO4J_URI={info.uri}")
+    console.say("colours, a guide with ten questions and queries to save for its Browser: featlas neo4j browser --serve")
 
 
 @neo4j_app.command("down")
@@ -1356,11 +1357,14 @@ def main() -> None:
 
 from . import (  # noqa: E402 - at the end: they register their commands on this app and take their options from here
     cli_ablation,  # noqa: F401
+    cli_browser,  # noqa: F401
     cli_communities,  # noqa: F401
+    cli_compare,  # noqa: F401
     cli_config,  # noqa: F401
     cli_explain,  # noqa: F401
     cli_export,  # noqa: F401
     cli_heads,  # noqa: F401
+    cli_labels,  # noqa: F401
     cli_match,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401

@@ -505,7 +505,9 @@ def _edge_frame(edge: EdgeType, record: Mapping[str, Any], keys: Sequence[str], 
 def _plain(value: Any, keys: Mapping[str, Any]) -> Any:
     """A driver's value as plain values; see `store.rendered_node` for the shape of what is a graph's."""
     if isinstance(value, Node):
-        return rendered_node(next(iter(value.labels), ""), {name: _plain(item, keys) for name, item in value.items()})
+        # a node may have further labels, as those that the Browser's colours go by
+        label = min(value.labels, key=lambda name: (name not in NODES, name), default="")
+        return rendered_node(label, {name: _plain(item, keys) for name, item in value.items()})
     if isinstance(value, Relationship):
         # The driver orients a relationship as it is stored.
         ends = [None if node is None else keys.get(node.element_id) for node in (value.start_node, value.end_node)]
