@@ -105,6 +105,10 @@ def fill(store: GraphStore, seed: int) -> None:
     }))
     store.merge_edges("PART_OF", pl.DataFrame({"source": ["b1", "b2", "b3", "b1"], "target": ["b2", "p", "p", "p"]}))
     store.merge_edges("SCORED", pl.DataFrame({"source": ["b1", "c", "c"], "target": ["x1", "x2", "x3"]}))
+    matched = nodes.filter(pl.col("kind") == "feature").sort("key")["key"]
+    pairs = {"source": matched[:-1], "target": matched[1:], "score": [i / 64 for i in range(len(matched) - 1)], "matching": "match", "assigned": True}
+    matches = pl.DataFrame(pairs).with_columns(mutual=pl.int_range(pl.len()) % 5 != 0)
+    store.merge_edges("MATCHES", pl.concat([matches.with_columns(method=pl.lit(method)) for method in ("all-sites", "site-pairs")]))
     wires = edges(rng, nodes, 0.4).with_columns(path=pl.lit("residual"))
     within = pl.DataFrame({"source": nodes["key"][:1], "target": nodes["key"][1:2], "weight": [0.5], "path": ["mlp_0"]})
     store.merge_edges("WIRED", pl.concat([wires, wires.with_columns(pl.col("weight") / 2, path=pl.lit("mlp_2")), within]))
@@ -128,7 +132,7 @@ def arguments(query: NamedQuery) -> dict[str, object]:
         "run": "r1", "feature": feature_key("tiny@1", "identity", "resid_1", 2), "circuit": "c", "site": "resid_0",
         "task": TASKS[0], "other_task": TASKS[2], "sequence": "s1", "position": -1, "least": 1 / 64, "text": "läbel 1", "limit": 7,
         "parcellation": "p1", "block": block_key("p1", "resid_1", "roi", 1, 0),
-        "community": "b1", "partition": "p", "min_size": 1, "key": "b2",
+        "community": "b1", "partition": "p", "min_size": 1, "key": "b2", "matching": "match", "other_run": "r2", "other_circuit": "c",
     }
     if query.name == "regions_of_feature":
         known["feature"] = feature_key("tiny@1", "d1", "resid_1", 2)
