@@ -25,9 +25,9 @@ def serve_command(
     """The page of an atlas, alive, on this machine alone: circuits cut anew, every feature, a box for Cypher. Reads only; Ctrl-C ends it."""
     import secrets
 
-    from .pages.live import live_page
+    from .pages.live import live_page, scripts
     from .pages.reader import AtlasReader
-    from .pages.server import ServeOptions, address_of, listen, make_app, serve
+    from .pages.server import Served, ServeOptions, address_of, listen, make_app, serve
 
     if graph is None and not (atlas / "graph.lbug").exists():
         raise NoAtlas(f"no graph in {atlas}: make one with `featlas demo` or `featlas ingest edges`, or name another with --atlas or --graph")
@@ -42,6 +42,6 @@ def serve_command(
         if show:
             typer.launch(address)
         try:
-            serve(make_app(reader, token, live_page, ServeOptions(rows, seconds)), bound)
+            serve(make_app(reader, token, Served(live_page(), scripts()), ServeOptions(rows, seconds)), bound)
         except KeyboardInterrupt:
             console.note("stopped")

@@ -14,20 +14,22 @@ message being the database's own where it refused a query.
 """
 
 import ipaddress
-import json
 import logging
 import re
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 from urllib.parse import parse_qsl
 
 import uvicorn
+
+# nnsight, which the pages import, gives every object a `save`; this class takes that for an attribute without annotation unless it is made before.
+from anyio.abc import SocketAttribute  # noqa: F401
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -95,17 +97,31 @@ class QueryRequest(BaseModel):
 # --- the application --------------------------------------------------------------------------------------------------
 
 
-def make_app(reader: AtlasReader, token: str, page: Callable[[str], str], options: ServeOptions | None = None) -> "Guard":
-    """The application over an atlas. `page(nonce)` is the HTML, whose scripts carry the nonce; `token` is what every request must know."""
+@dataclass(frozen=True)
+class Served:
+    """The page itself: its HTML, and its scripts by the names under which it asks for them."""
+
+    html: str
+    scripts: Mapping[str, str]
+
+
+def make_app(reader: AtlasReader, token: str, page: Served, options: ServeOptions | None = None) -> "Guard":
+    """The application over an atlas; `token` is what every request must know."""
     app = FastAPI(title="featlas", docs_url=None, redoc_url=None, openapi_url=None)
     _errors(app)
     running = threading.BoundedSemaphore(QUERIES_AT_ONCE)
     within = options or ServeOptions()
 
     @app.get("/")
-    def root(request: Request) -> HTMLResponse:
-        nonce = secrets.token_urlsafe(16)
-        return HTMLResponse(page(nonce), headers={"content-security-policy": content_security_policy(nonce)})
+    def root() -> HTMLResponse:
+        return HTMLResponse(page.html, headers={"content-security-policy": CONTENT_SECURITY_POLICY})
+
+    @app.get("/scripts/{name}")
+    def script(name: str) -> Response:
+        if name not in page.scripts:
+            raise HTTPException(404)
+        # the page asks for each script with a mark of what it holds
+        return Response(page.scripts[name], media_type="text/javascript", headers={"cache-control": "private, max-age=86400, immutable"})
 
     @app.get("/api/queries")
     def queries() -> Response:
@@ -289,12 +305,11 @@ def _refuse(scope: Scope, refusal: tuple[int, str]) -> Response:
     return Response(f"featlas: {reason}\n", status, media_type="text/plain")
 
 
-def content_security_policy(nonce: str) -> str:
-    """What the page may do: run its own scripts, ask this server, nothing else."""
-    return (
-        f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; connect-src 'self'; "
-        "worker-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What the page may do: run the scripts of this server, ask it, nothing else."""
 
 
 _HEADERS = tuple(
@@ -354,8 +369,3 @@ def serve(app: Guard, bound: socket.socket) -> None:
     """Answer requests until interrupted (Ctrl-C, SIGTERM). The address, which holds the token, is not logged."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off")
     uvicorn.Server(config).run(sockets=[bound])
-
-
-def embedded_settings() -> str:
-    """The line of script by which the page knows that it is alive."""
-    return f"window.featlasServer = {json.dumps({'alive': True})};"
