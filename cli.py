@@ -1368,6 +1368,7 @@ from . import (  # noqa: E402 - at the end: they register their commands on this
     cli_match,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_samples,  # noqa: F401
+    cli_series,  # noqa: F401
     cli_serve,  # noqa: F401
     cli_vision,  # noqa: F401
 )

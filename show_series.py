@@ -1,0 +1,56 @@
+"""What is printed of a series of models."""
+
+import polars as pl
+
+from . import console
+from .analysis.edge_overlap import REWIRED
+from .analysis.faithfulness import ATTRIBUTION, POOLED
+from .analysis.series_gallery import beside_last, last, solved_from
+from .queries.series import SeriesRecord
+
+_SHARED = "weighted Jaccard, mean over sizes"
+
+
+def show_series(record: SeriesRecord) -> None:
+    """What each model can do, its graph and circuits, and what it has in common with the last; then when tasks are solved."""
+    console.heading(f"{record.title} ({record.key})")
+    tasks = record.frames["tasks"].filter(pl.col("label").is_null())
+    names = tasks["task"].unique(maintain_order=True).to_list()
+    accuracy = {(x, task): value for x, task, value in tasks.select("x", "task", "accuracy").iter_rows()}
+    members = record.frames["members"].sort("x")
+    rows = [
+        (row["name"], None if row["loss"] is None else f"{row['loss']:.2f}", *(_percent(accuracy.get((row["x"], task))) for task in names))
+        for row in members.iter_rows(named=True)
+    ]
+    console.table((record.axis, "loss", *names), rows)
+    for task, name in solved_from(record).select("task", "name").iter_rows():
+        console.say(f"{task}: " + (f"solved from {name} on" if name is not None else "never solved (accuracy below 90 %)"))
+    console.say("")
+    console.table(
+        (record.axis, "edges", "effective", "CPR", "random", f"features matched in {last(record)}", "by chance", "edges shared", "if rewired"),
+        [_graph_row(record, row) for row in members.iter_rows(named=True)],
+    )
+    console.say("effective: edges of equal strength that would be as spread. CPR: mean φ over the share of edges kept. Edges shared: weighted Jaccard.")
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.0%}"
+
+
+def _graph_row(record: SeriesRecord, member: dict[str, object]) -> tuple[object, ...]:
+    """A model's graph, circuits, and what it shares with the last model; blanks where it is the last, or nothing is matched."""
+    here = pl.col("x") == member["x"]
+    graph = record.frames["graphs"].filter(here).row(0, named=True)
+    area = record.frames["areas"].filter(here & (pl.col("area") == "CPR") & (pl.col("task") == POOLED))
+    cpr = dict(area.select("method", "value").iter_rows())
+    ours, random = cpr.get(ATTRIBUTION), next((value for method, value in cpr.items() if method != ATTRIBUTION), None)
+    features = beside_last(record, "matching").filter(here) if "matching" in record.frames else pl.DataFrame()
+    shared = beside_last(record, "values").filter(here & (pl.col("quantity") == _SHARED)) if "values" in record.frames else pl.DataFrame()
+    shared = shared.filter(pl.col("null") == REWIRED) if shared.height else shared
+    numbers = [_percent(features[column][0]) if features.height else None for column in ("share_a", "null_share")]
+    edges = [_number(shared[column][0]) if shared.height else None for column in ("value", "null_mean")]
+    return (member["name"], f"{graph['edges']:,}", f"{graph['effective_edges']:.0f}", _number(ours), _number(random), *numbers, *edges)
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
