@@ -73,7 +73,7 @@ class Against:
 
 
 def against(value: float | None, draws: ArrayLike, *, greater: bool = True, tested: str = ALIKE) -> Against:
-    """A value among those of chance. greater: whether a greater value is more alike. tested: `ALIKE` or `DIFFERENT`. Draws that are NaN are left out."""
+    """A value among those of chance. greater: whether a greater value is more alike. tested: `ALIKE` or `DIFFERENT`. NaN draws are left out."""
     found = np.asarray(draws, dtype=np.float64)
     found = found[np.isfinite(found)]
     if value is None or not np.isfinite(value) or not len(found):

@@ -114,7 +114,7 @@ def by_size(edges: Union, at: IntArray) -> Overlap:
     total = lambda weights: np.cumsum(np.bincount(last, weights, n_sizes))
     least, agree = np.minimum(edges.a, edges.b)[both], edges.sign[both] > 0
     sums = np.zeros(n_sizes)
-    for strength, rank, m in ((edges.a, edges.rank_a, edges.m_a), (edges.b, edges.rank_b, edges.m_b)):
+    for strength, rank in ((edges.a, edges.rank_a), (edges.b, edges.rank_b)):
         there = strength > 0
         own = np.zeros(n_sizes)
         own[rank[there]] = strength[there]

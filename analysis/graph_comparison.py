@@ -23,6 +23,8 @@ import numpy as np
 import polars as pl
 
 from ..errors import UserError
+from ..queries.matches import Method as MatchMethod
+from ..queries.matches import NoMatching, find_matching, read_matches
 from ..queries.partitions import stored_parcellations, user_labels
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore
@@ -242,40 +244,23 @@ class Sources:
     other_parcellation: str | None = None
 
 
-class NoMatching(UserError):
-    """Two models without a stored matching of their features."""
-
-
 def stored_matching(statistics: StatisticsStore | None, a: GraphSide, b: GraphSide, key: str | None = None) -> tuple[str, pl.DataFrame | None]:
-    """(key, pairs) of a stored matching with `source` in A's model, whichever way round it was stored; ("", None) where both sides have the same nodes.
+    """(key, pairs) of a stored matching with A's features as `source`, whichever way round it was made; ("", None) where both have the same nodes.
 
-    Raises `NoMatching` for two models, or one with different dictionaries at every site, that no matching is stored of.
+    The pairs are those over all sites at once. Raises `NoMatching` for two models, or one with other dictionaries at every site, without one.
     """
-    from ..queries.matches import list_matchings, read_matches
-
     shared = [site for site, name in a.dictionaries.items() if b.dictionaries.get(site) == name]
     if key is None and a.model == b.model and shared:
         return "", None
-    known = list_matchings(statistics) if statistics is not None else pl.DataFrame()
-    rows = known.to_dicts() if known.height else []
-    if key is not None:
-        rows = [row for row in rows if str(row["matching"]).startswith(key)]
-    fitting = [row for row in rows if {row["model_a"], row["model_b"]} == {a.model, b.model}]
-    if not fitting:
-        there = ", ".join(f"{row['matching']} ({row['model_a']} – {row['model_b']})" for row in known.to_dicts()[:8]) if known.height else "none"
-        named = f"no matching {key!r}" if key is not None else "no matching"
-        raise NoMatching(
-            f"{named} of the features of {a.model} and {b.model} is stored; there are {there}: make one with `featlas ingest aligned --model … "
-            "--dictionaries … --other-model … --other-dictionaries …` and `featlas analyze match`"
-        )
-    assert statistics is not None
-    chosen = str(fitting[0]["matching"])
-    pairs = read_matches(statistics, chosen)
+    if statistics is None:
+        raise NoMatching(f"no matching of {a.model} and {b.model}: the atlas has no statistics; make one with `featlas analyze match`")
+    chosen = find_matching(statistics, key, model_a=a.model, model_b=b.model)
+    pairs = read_matches(statistics, chosen, model_a=a.model, model_b=b.model, method=MatchMethod.ALL_SITES)
     return chosen, _turned(pairs, a, b)
 
 
 def _turned(pairs: pl.DataFrame, a: GraphSide, b: GraphSide) -> pl.DataFrame:
-    """The pairs with A's features as `source`: the direction in which more of the two graphs' nodes are found."""
+    """The pairs with A's features as `source`: of one model with two sets of dictionaries only the keys tell which side is which."""
     ends = [set(side.nodes["key"].to_list()) for side in (a, b)]
     counts = [
         int(pairs.select((pl.col(first).is_in(list(ends[0])) & pl.col(second).is_in(list(ends[1]))).sum()).item())
@@ -283,8 +268,8 @@ def _turned(pairs: pl.DataFrame, a: GraphSide, b: GraphSide) -> pl.DataFrame:
     ]
     if counts[1] <= counts[0]:
         return pairs
-    swapped = {"source": "target", "target": "source"}
-    swapped |= {name: other for name, other in (("site_a", "site_b"), ("site_b", "site_a"), ("feature_a", "feature_b"), ("feature_b", "feature_a"))}
+    swapped = {"source": "target", "site_a": "site_b", "feature_a": "feature_b"}
+    swapped |= {other: name for name, other in swapped.items()}
     return pairs.rename({name: other for name, other in swapped.items() if name in pairs.columns})
 
 

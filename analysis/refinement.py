@@ -7,8 +7,8 @@
 3. `similarity`: by rounds, what the shares have in common; `fractionally_isomorphic`: whether they are the same in the end.
 
 Two graphs are fractionally isomorphic (there is a doubly stochastic X with AX = XB and XᵀA = BXᵀ; of labelled edges for every label at once, and
-X between nodes of one label only) exactly if their coarsest equitable partitions have classes of the same sizes and parameters, that is, if refinement
-of both as one graph leaves equally many nodes of each in every class (Ramana, Scheinerman and Ullman 1994).
+X between nodes of one label only) exactly if their coarsest equitable partitions have classes of the same sizes and parameters, that is, if
+refinement of both as one graph leaves equally many nodes of each in every class (Ramana, Scheinerman and Ullman 1994).
 
 No hashes: a node's multiset of (direction, label, class) is sorted and numbered by joining neighbours in the sequence two by two, each pair getting
 the number of its place among all different pairs, until one number is left. Equal numbers are equal multisets. A round takes O(E log E) time, in
@@ -48,7 +48,7 @@ class Refinement:
 def refine(
     n: int, source: IntArray, target: IntArray, labels: IntArray | None = None, edge_labels: IntArray | None = None, *, rounds: int | None = None
 ) -> Refinement:
-    """Refine the classes of n nodes of a directed graph. source, target: (m,). labels: (n,) of nodes, edge_labels: (m,) ≥ 0, all the same unless given.
+    """Refine the classes of n nodes of a directed graph. source, target: (m,). labels: (n,) of nodes, edge_labels: (m,), all the same unless given.
 
     Parallel edges count as often as they are there. rounds: at most so many; until stable unless given. Raises `BadLabels`.
     """

@@ -83,14 +83,14 @@ def _regions_of_nodes(side: GraphSide, parcellation: Parcellation, level: int | 
     standing = pl.col("kind").replace_strict({"error": ERROR, "output": OUTPUT_BLOCK, "feature": WHOLE}, return_dtype=pl.String)
     said = pl.when(pl.col("kind") == "error").then(pl.format("error of {}", site)).when(pl.col("kind") == "output").then(pl.lit("output"))
     alone = site.replace_strict({name: {of: block_key(key, name, of) for of in (ERROR, OUTPUT_BLOCK, WHOLE)} for name in set(side.nodes["site"])},
-                                return_dtype=pl.Struct({of: pl.String for of in (ERROR, OUTPUT_BLOCK, WHOLE)}))  # fmt: skip
+                                return_dtype=pl.Struct(dict.fromkeys((ERROR, OUTPUT_BLOCK, WHOLE), pl.String)))  # fmt: skip
     key_alone = pl.coalesce(pl.when(standing == of).then(alone.struct.field(of)) for of in (ERROR, OUTPUT_BLOCK, WHOLE))
-    of_features = pl.when(pl.col("kind") == "feature").then(pl.col("region"))
     joined = side.nodes.join(known, on=["site", "index"], how="left", maintain_order="left")
+    blocked = (pl.col("kind") == "feature") & pl.col("region").is_not_null()
+    either = lambda name, otherwise: pl.when(blocked).then(pl.col(name)).otherwise(otherwise)
     return joined.select(
-        pl.coalesce(of_features, key_alone).alias("key"), "site", "layer", pl.coalesce(pl.when(of_features.is_not_null()).then(pl.col("of")), standing)
-        .alias("kind"), pl.coalesce(pl.when(of_features.is_not_null()).then(pl.col("label")), said.otherwise(pl.format("all features of {}", site)))
-        .alias("label"), pl.when(of_features.is_not_null()).then(pl.col("size")).otherwise(1).alias("size"), "order",
+        either("region", key_alone).alias("key"), "site", "layer", either("of", standing).alias("kind"),
+        either("label", said.otherwise(pl.format("all features of {}", site))).alias("label"), either("size", 1).alias("size"), "order",
     )  # fmt: skip
 
 
@@ -344,7 +344,7 @@ def spectral_distance(a: FloatArray, b: FloatArray) -> float:
 
 
 def region_features(side: GraphSide, rows: IntArray, tasks: tuple[str, ...]) -> FloatArray:
-    """What regions are, (n, k) in 0 … 1: depth, logarithm of size, share of strength in and out (the greatest 1), the tasks' shares of it.
+    """What regions are, (n, k) in 0 … 1: depth, logarithm of size, share of strength in and out (the greatest 1), kind, the tasks' shares of it.
 
     tasks: the profile's columns that both sides have. Depth: the site's place among the side's, 0 the first and 1 the last.
     """
@@ -354,7 +354,8 @@ def region_features(side: GraphSide, rows: IntArray, tasks: tuple[str, ...]) -> 
     depth = order / max(int(side.order.max(initial=0)), 1)
     size = np.log1p(regions.nodes["size"].to_numpy()[rows])
     scaled = [own / max(float(own.max(initial=0)), 1e-300) for own in (size, *(np.sqrt(regions.weight.sum(axis=k))[rows] for k in (0, 1)))]
-    columns = [depth, *scaled]
+    kinds = regions.nodes["kind"].to_numpy()[rows]
+    columns = [depth, *scaled, *((kinds == kind).astype(np.float64) for kind in (DEAD, ERROR, OUTPUT_BLOCK))]
     if side.profile is not None and len(tasks) > 1:
         of_task = np.zeros((regions.n, len(tasks)))
         np.add.at(of_task, regions.of_node, side.profile[:, [side.tasks.index(task) for task in tasks]])
@@ -387,7 +388,7 @@ def _transported(
     frame = pl.DataFrame(
         {
             "source": ends[0]["key"], "target": ends[1]["key"], "source_label": ends[0]["label"], "target_label": ends[1]["label"],
-            "weight": coupling[i, j],
+            "weight": coupling[i, j], "strength": (regions.a.weight.sum(axis=0) + regions.a.weight.sum(axis=1))[regions.rows_a[i]],
         }
     ).with_columns(kind=pl.lit("region"))  # fmt: skip
-    return frame.select(*LINKS).sort(["weight", "source", "target"], descending=[True, False, False])
+    return frame.sort(["strength", "weight", "source", "target"], descending=[True, True, False, False]).select(*LINKS)

@@ -2,10 +2,12 @@
 
 1. `cost`: squared distances between the regions' features, 1 on average.
 2. `structure`: what regions drive each other as a matrix, square roots of shares of all strength.
-3. `transport`: the fused Gromov–Wasserstein distance (Vayer et al. 2020) min over couplings T of (1 − α) Σ T_ij cost_ij + α Σ (C_ij − D_kl)² T_ik T_jl, with
-   the coupling that reaches it. The problem is not convex: it is solved from several beginnings and the least is taken.
+3. `transport`: the fused Gromov–Wasserstein distance (Vayer et al. 2020), the least over couplings T of
+   (1 − α) Σ T_ij cost_ij + α Σ (C_ij − D_kl)² T_ik T_jl, and the coupling that reaches it. The problem is not convex: it is solved from several
+   beginnings and the least is taken.
 
-Both terms are scaled so that the coupling that knows nothing (every pair alike) costs 1: the distance is 0 for equal graphs and 1 for such a coupling.
+Both terms are scaled so that the coupling that knows nothing (every pair alike) costs 1: the distance is 0 for equal graphs, 1 for such a
+coupling.
 The solver is POT (`ot`, the extra `comparison`); memory grows with the product of both numbers of regions.
 """
 
@@ -54,8 +56,8 @@ def transport(
 ) -> Transport:
     """Fused Gromov–Wasserstein between structures (n, n) and (m, m) with costs (n, m), all nodes of one graph weighing the same.
 
-    alpha: 0 features alone … 1 structure alone. beginnings: costs (n, m) whose cheapest couplings are begun from too, beside the independent coupling,
-    the cheapest by features alone and that by `random` costs drawn by chance. Raises `NoTransport`.
+    alpha: 0 features alone … 1 structure alone. beginnings: costs (n, m) whose cheapest couplings are begun from too, beside the independent
+    coupling, the cheapest by features alone and those by `random` costs drawn by chance. Raises `NoTransport`.
     """
     try:
         import ot  # type: ignore[import-untyped]
@@ -65,7 +67,7 @@ def transport(
         raise NoTransport(f"--alpha {alpha:g} is out of range: give 0 (what regions are) to 1 (what they drive)")
     n, m = costs.shape
     if max(n, m) > LARGEST:
-        raise NoTransport(f"{max(n, m):,} regions are too many for optimal transport: take a coarser level, at most {LARGEST:,}, or --without transport")
+        raise NoTransport(f"{max(n, m):,} regions are too many for optimal transport, at most {LARGEST:,}: --without transport leaves it out")
     p, q = np.full(n, 1 / n), np.full(m, 1 / m)
     rng = np.random.default_rng(seed)
     cheapest = [ot.emd(p, q, np.ascontiguousarray(one)) for one in (costs, *beginnings, *(rng.random((n, m)) for _ in range(random)))]

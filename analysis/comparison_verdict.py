@@ -1,0 +1,111 @@
+"""What a comparison says, in sentences: each names its number, what chance gives, and how sure that is."""
+
+from typing import Any
+
+import polars as pl
+
+from .comparison_records import Comparison
+from .edge_overlap import PERMUTED, REWIRED
+
+SURE = 0.05
+"""p at or below which a number is called more than chance."""
+
+
+def verdict(found: Comparison) -> list[str]:
+    """The sentences, the most important first."""
+    return _joint(found) if found.kind == "joint" else [*_covered(found), *_edges(found), *_shape(found), *_partitions(found), *_regions(found)]
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def _beside(row: dict[str, Any]) -> str:
+    """The null and what follows of it."""
+    if not row["null"] or row["null_mean"] is None:
+        return ""
+    z = "" if row["z"] is None else f", z = {row['z']:+.1f}".replace("-", "−")
+    return f" (by chance, {row['null']}: {_number(row['null_mean'])}{z}, p = {row['p']:.2g})"
+
+
+def _excess(row: dict[str, Any]) -> float | None:
+    """How far a number is from chance to 1."""
+    return None if row["null_mean"] is None or row["null_mean"] >= 1 else (row["value"] - row["null_mean"]) / (1 - row["null_mean"])
+
+
+def _more(row: dict[str, Any]) -> bool:
+    return row["p"] is not None and row["p"] <= SURE
+
+
+def _covered(found: Comparison) -> list[str]:
+    rows = [found.value("coverage", f"strength of {side} between matched nodes") for side in "AB"]
+    if any(row is None for row in rows):
+        return []
+    parts = [float(row["value"]) for row in rows if row is not None]
+    if min(parts) > 0.9995:
+        return []
+    return [f"Only what lies on matched nodes is compared: {parts[0]:.0%} of A's strength and {parts[1]:.0%} of B's."]
+
+
+def _edges(found: Comparison) -> list[str]:
+    plain, weighted = (found.value("edges", name, null=REWIRED) or found.value("edges", name) for name in ("Jaccard", "weighted Jaccard"))
+    if plain is None or weighted is None or plain["value"] is None:
+        return []
+    said = [
+        f"Of all edges of either graph {plain['value']:.1%} are in both{_beside(plain)}; weighted by strength {_number(weighted['value'])}"
+        f"{_beside(weighted)}."
+    ]
+    if plain["value"] > 1 - 1e-12 and weighted["value"] > 1 - 1e-9:
+        return ["The graphs have the same edges with the same strengths."]
+    if weighted["null"]:
+        moved = found.value("edges", "weighted Jaccard", null=PERMUTED)
+        beyond = [name for name, row in (("degrees and layers", weighted), ("which nodes they use", moved)) if row is not None and _more(row)]
+        excess = f"; of what they could share beyond degrees and layers they share {_excess(weighted):.1%}" if _excess(weighted) is not None else ""
+        more = f"They share more than {', and more than '.join(beyond)}, bring about" if beyond else "They share no more than chance brings about"
+        said.append(f"{more}{excess}.")
+    signs, rank = found.value("edges", "sign agreement"), found.value("edges", "Spearman, shared edges")
+    if signs is not None and signs["value"] is not None and signs["n"]:
+        order = "" if rank is None or rank["value"] is None else f", and their strengths are ordered alike by ρ = {_number(rank['value'])}"
+        said.append(f"Of the {signs['n']:,} shared edges {signs['value']:.0%} have the same sign{order}.")
+    return said
+
+
+def _shape(found: Comparison) -> list[str]:
+    said = []
+    degrees = [found.value("profiles", f"edges {way}, KS") for way in ("in", "out")]
+    if all(row is not None and row["value"] is not None for row in degrees):
+        differ = [way for way, row in zip(("in", "out"), degrees, strict=True) if row is not None and _more(row)]
+        said.append(f"Degrees {' and '.join(differ)} differ between the graphs." if differ else "Degrees differ no more than by chance.")
+    same = found.value("refinement", "fractionally isomorphic")
+    if same is not None and same["value"] is not None:
+        rounds = f"{same['n']} round{'s' if same['n'] != 1 else ''}"
+        shared = found.value("refinement", "shared classes after 1 round")
+        after = "" if shared is None else f"; after one round {shared['value']:.0%} of the nodes are in shared classes{_beside(shared)}"
+        verdict = "fractionally isomorphic" if same["value"] else "not fractionally isomorphic"
+        said.append(f"As graphs with sites for labels they are {verdict} ({rounds} of colour refinement){'' if same['value'] else after}.")
+    return said
+
+
+def _partitions(found: Comparison) -> list[str]:
+    rows = [(what, found.value("partitions", f"{what}, AMI")) for what in ("regions", "communities")]
+    return [
+        f"Their {what} agree {'more than chance' if _more(row) else 'no more than chance' if row['null'] else ''}: AMI {_number(row['value'])}"
+        f"{_beside(row)}."
+        for what, row in rows if row is not None and row["value"] is not None
+    ]  # fmt: skip
+
+
+def _regions(found: Comparison) -> list[str]:
+    said = []
+    row = found.value("regions", "edges between regions, weighted Jaccard")
+    if row is not None and row["value"] is not None:
+        said.append(f"What corresponding regions drive has a weighted Jaccard index of {_number(row['value'])}{_beside(row)}.")
+    row = found.value("regions", "fused Gromov–Wasserstein")
+    if row is not None and row["value"] is not None:
+        said.append(f"The graphs of regions lie {_number(row['value'])} apart by fused Gromov–Wasserstein{_beside(row)}.")
+    return said
+
+
+def _joint(found: Comparison) -> list[str]:
+    rows = found.values.filter((pl.col("part") == "joint") & (pl.col("quantity") == "shared"))
+    return [f"{row['site']}: {row['value']:.0%} of both models' features lie in the same blocks{_beside(row)}." for row in rows.iter_rows(named=True)]
