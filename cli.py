@@ -503,11 +503,13 @@ def ingest_finish_command(
 ) -> None:
     """Derive a run's INFLUENCES anew from its committed edges, as the end of `ingest edges` does."""
     from .ingest.pipeline import finish_run
+    from .queries.labels import restore_labels
     from .queries.subgraphs import find_run
 
     with open_atlas(atlas, graph, write=True) as store:
         key = find_run(store, run).key
         n_influences = finish_run(store, key)
+        restore_labels(store, atlas)
     if as_json:
         console.say_json({"run": key, "n_influences": n_influences})
     else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import console
 from .analysis.circuits import PathRule, site_summary, top_nodes
-from .analysis.notes import readable
+from .analysis.notes import marked, readable
 from .analysis.report import Report, render
 from .queries.subgraphs import STRONGEST_ON_OUTPUT
 
@@ -84,7 +84,7 @@ def show_features(report: Report) -> None:
     top = top_nodes(report.circuit, report.n_features).join(report.notes, on="key", how="left", maintain_order="left")
     rows = [
         (
-            readable(row["name"], 36), row["site"], str(row["index"]), f"{row['influence']:.1%}", f"{row['out_strength']:+.3g}",
+            readable(marked(row["name"], row["label_kind"]), 36), row["site"], str(row["index"]), f"{row['influence']:.1%}", f"{row['out_strength']:+.3g}",
             readable(row["contexts"][0], 80) if row["contexts"] else "",
         )
         for row in top.iter_rows(named=True)
@@ -94,7 +94,7 @@ def show_features(report: Report) -> None:
 
 def show_paths(report: Report) -> None:
     """The strongest paths, nodes by name with the weights between them."""
-    names = dict(report.notes.select("key", "name").iter_rows())
+    names = {key: marked(name, kind) for key, name, kind in report.notes.select("key", "name", "label_kind").iter_rows()}
     sites = dict(report.circuit.nodes.select("key", "site").iter_rows())
     for path in report.paths:
         nodes = [f"[{sites[key]}] {readable(names.get(key) or key, 28)}" for key in path.nodes]

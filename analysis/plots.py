@@ -24,7 +24,7 @@ from plotly.subplots import make_subplots
 from ..errors import UserError
 from .circuits import Circuit, strongest_part
 from .faithfulness import ATTRIBUTION, POOLED
-from .notes import SEPARATOR, readable
+from .notes import SEPARATOR, marked, readable
 
 RAISES, LOWERS, FEATURE, ERROR, OUTPUT = "#2166ac", "#b2182b", "#3b7d6e", "#a9a9a9", "#e0a526"
 INK, SOFT, PALE, _FONT = "#24292f", "#57606a", "#e7eaee", "Helvetica, Arial, DejaVu Sans, sans-serif"
@@ -228,7 +228,7 @@ def _ends_for_script(edges: pl.DataFrame) -> list[list[object]]:
 
 def _edge_hovers(drawing: Drawing, notes: pl.DataFrame) -> go.Scatter:
     """Invisible points in the middle of each edge that answer to the mouse."""
-    names = dict(notes.select("key", "name").iter_rows())
+    names = {key: marked(name, kind) for key, name, kind in notes.select("key", "name", "label_kind").iter_rows()}
     edges = drawing.edges
     text = [
         f"<b>{_name(names.get(s), s)} → {_name(names.get(t), t)}</b><br>weight {weight:+.4g}, {share:.1%} of what enters the target"
@@ -258,7 +258,7 @@ def _hover(row: dict[str, object], inputs: Sequence[str], outputs: Sequence[str]
     tokens = ", ".join(html.escape(readable(t)) for t in (row["tokens"] or []))  # type: ignore[attr-defined]
     frequency, index = row["frequency"], row["index"] if row["kind"] == "feature" else ""
     parts = [
-        f"<b>{_name(row['name'], str(row['key']))}</b>",
+        f"<b>{_name(marked(str(row['name']), row['label_kind']) if row['name'] else None, str(row['key']))}</b>",  # type: ignore[arg-type]
         " · ".join([f"{row['site']}", f"{row['kind']} {index}".rstrip(), *([f"position {row['pos']}"] if row["pos"] != -1 else [])]),
         f"influence {row['influence']:.1%}" + (f" · active at {frequency:.2%} of tokens" if frequency is not None else ""),
     ]

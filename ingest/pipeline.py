@@ -36,6 +36,7 @@ from ..model.sites import OUTPUT, Site, SiteGraph, parse_site
 from ..model.targets import FeatureTarget, LogitTarget, Target, parse_target, target_site
 from ..model.tasks import Pair, PairBatch, Refusal, batches, load_task
 from ..queries import runs
+from ..queries.labels import restore_labels
 from ..queries.runs import aggregate
 from ..queries.schema import output_key
 from ..queries.statistics import StatisticsStore
@@ -190,6 +191,7 @@ def ingest_edges(
         finally:
             writer.close()
         n_influences = finish_run(store, plan.run)
+        restore_labels(store, options.atlas)
     summary = RunSummary(
         plan.run, len(plan.pairs), len(done), writer.edges, n_influences, time.monotonic() - started, tuple(s.name for s in plan.dictionaries), tally
     )

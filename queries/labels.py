@@ -10,13 +10,14 @@
 
 from collections.abc import Collection, Mapping
 from enum import StrEnum
+from pathlib import Path
 from types import MappingProxyType
 
 import polars as pl
 
 from ..errors import UserError
 from . import search
-from .statistics import StatisticsStore
+from .statistics import FILE_NAME, OlderStatisticsStore, StatisticsStore, StatisticsStoreHeld
 from .store import GraphStore
 
 
@@ -288,6 +289,20 @@ def apply_labels(store: GraphStore, statistics: StatisticsStore, keys: Collectio
     if changed.height:
         store.merge_nodes("Feature", changed)
     return changed.height
+
+
+def restore_labels(store: GraphStore, atlas: Path) -> int:
+    """`apply_labels` with the statistics of an atlas, for features that the graph has only now; how many changed.
+
+    Without statistics, or while another process holds them, nothing is: the next command of labels does it then.
+    """
+    if not (atlas / FILE_NAME).exists():
+        return 0
+    try:
+        with StatisticsStore(atlas, read_only=True) as statistics:
+            return apply_labels(store, statistics)
+    except (StatisticsStoreHeld, OlderStatisticsStore):
+        return 0
 
 
 def adopt_labels(store: GraphStore, statistics: StatisticsStore, automatic: pl.DataFrame | None = None) -> int:
