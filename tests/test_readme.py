@@ -46,7 +46,7 @@ def with_run(line: str, atlas: Path) -> str:
     group, name = line.split()[1:3]
     if group not in ("analyze", "explain", "query", "report", "plot") and "RUN" not in line:
         return line
-    if name in ("selectivity", "heads", "vision", "rois"):  # which measure on their own, or read samples
+    if name in ("selectivity", "heads", "vision", "rois", "match"):  # which measure on their own, or read samples
         return line
     with open_graph(atlas, read_only=True) as graph:
         runs = list_runs(graph)
