@@ -4,7 +4,7 @@ import polars as pl
 
 from . import console
 from .analysis.matching import Matching, correspondence
-from .analysis.matching_plots import short_model
+from .analysis.matching_plots import short_model, side_names
 from .queries.matches import Aligned
 
 WIDEST = 10
@@ -40,7 +40,7 @@ def show_aligned(aligned: Aligned, *, known: bool) -> None:
 def show_matching(matching: Matching, contexts: pl.DataFrame, *, known: bool) -> None:
     """What was found: how much, which site is which, and the best pairs with the text on which both are strong."""
     overall, settings = matching.overall, matching.settings
-    console.heading(f"A {short_model(matching.model_a)}, B {short_model(matching.model_b)}: matching {matching.key}")
+    console.heading("A {}, B {}: matching {}".format(*side_names(matching), matching.key))
     if known:
         console.say("found before; --again computes it anew")
     if overall["threshold"] is None:

@@ -465,7 +465,8 @@ def _matching(
     scores = pl.concat([_histogram(search, sites, options.draws) for sites, search in [(("", ""), whole), *searches.items()]])
     numbers = _numbers(whole, sum(counts[0].values()), sum(counts[1].values()), options)
     ends = (aligned.key, aligned.model_a, aligned.model_b, aligned.source)
-    return Matching(matching_key(aligned, options), *ends, pairs, sites, scores, numbers, _settings(options))
+    settings = {**_settings(options), "named": aligned.settings.get("named")}
+    return Matching(matching_key(aligned, options), *ends, pairs, sites, scores, numbers, settings)
 
 
 def _nodes(side: AlignedRun, features: Mapping[str, IntArray]) -> pl.DataFrame:
@@ -530,7 +531,8 @@ def _site_rows(
 
 def _histogram(search: _Search, sites: tuple[str, str], draws: int) -> pl.DataFrame:
     """How the scores are spread, as `SCORES`; bins without any are left out."""
-    place = [np.floor(np.clip(score, -1, 1 - 1e-12) / BIN + 1e-9).astype(np.int64) for score in (search.mutual.score, search.null)]
+    last = round(1 / BIN) - 1  # which holds 1 too
+    place = [np.minimum(np.floor(score / BIN + 1e-9).astype(np.int64), last) for score in (search.mutual.score, search.null)]
     bins = np.unique(np.concatenate(place))
     counts = [np.bincount(np.searchsorted(bins, own), minlength=len(bins)) for own in place]
     return pl.DataFrame({

@@ -7,6 +7,7 @@
 
 import html
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,16 @@ def short_model(key: str) -> str:
     return f"{name.rsplit('/', 1)[-1]}@{revision[:8]}" if revision else name
 
 
+def side_names(matching: Matching) -> tuple[str, str]:
+    """What the two sides are called: the model, and with it the dictionaries that a user named."""
+    named = matching.settings.get("named") or ({}, {})
+    own = [f" ({Path(one['dictionaries']).name})" if one.get("dictionaries") else "" for one in named]
+    return short_model(matching.model_a) + own[0], short_model(matching.model_b) + own[1]
+
+
 def _models(matching: Matching) -> str:
-    return f"A: {short_model(matching.model_a)}, B: {short_model(matching.model_b)}; {matching.source.rsplit('/', 1)[-1]}"
+    a, b = side_names(matching)
+    return f"A: {a}, B: {b}; text: {Path(matching.source).name}"
 
 
 def site_pair_figure(matching: Matching, *, title: str = "") -> go.Figure:
@@ -110,7 +119,8 @@ def score_figure(matching: Matching, *, title: str = "") -> go.Figure:
 def matching_page(matching: Matching) -> str:
     """Which sites correspond, and how sure the matches are, as a page that opens offline."""
     overall, settings = matching.overall, matching.settings
-    chance = f"{settings['draws']} draws of {settings['null']}, false discovery rate {settings['fdr']}"
+    null = "exchanged sequences" if settings["null"] == "sequences" else "shifted rows"
+    chance = f"chance by {settings['draws']} draws of {null}, false discovery rate {settings['fdr']}"
     fixed = f"features live on {settings['min_active']} segments or more; {chance}; seed {settings['seed']}"
     found = correspondence(matching.sites)
     said = [
@@ -133,6 +143,7 @@ def matching_page(matching: Matching) -> str:
             ],
         ),
     ]  # fmt: skip
-    told = [("A", matching.model_a), ("B", matching.model_b), ("text", matching.source), ("matching", matching.key)]
+    told = [(name, f"{side}, {key}") for name, side, key in zip("AB", side_names(matching), (matching.model_a, matching.model_b))]
+    told += [("text", matching.source), ("matching", matching.key)]
     command = f"featlas analyze match {matching.aligned[:8]}"
     return gallery(exhibits, "Matched features", subtitle=_models(matching), settings=told, commands=[command])
