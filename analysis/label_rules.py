@@ -402,16 +402,16 @@ SUMMARY_WIDTH = 90
 def summaries(parts: pl.DataFrame) -> pl.DataFrame:
     """One label for each feature from its labels by rule (`RULED`): `key, label, evidence, confidence, source`.
 
-    First what it fires on: the class where that is surer than the tokens, both where both are sure; without either its region or its place. Then,
-    where they are sure, what its decoder promotes and the task that it serves. Confidence and evidence are those of the first part. A feature of
-    which nothing but an unsure decoder is known gets none.
+    First what it fires on: the tokens, with their class where that is sure; the class alone where it is surer and no token has a tenth; without
+    either its region or its place. Then, where they are sure, what its decoder promotes and the task that it serves. Confidence and evidence are
+    those of the first part. A feature of which nothing but an unsure decoder is known gets none.
     """
     if parts.is_empty():
         return empty().drop("rule")
     of = lambda value: (pl.col(value).filter(pl.col("rule") == str(rule)).first().alias(f"{value}_{rule}") for rule in Rule)
     wide = parts.group_by("key").agg(*of("label"), *of("confidence"), *of("evidence")).sort("key")
     label, sure = lambda rule: pl.col(f"label_{rule}"), lambda rule: pl.col(f"confidence_{rule}").fill_null(0.0)
-    both = (sure(Rule.CLASS) >= SURE) & (sure(Rule.TOKENS) >= SURE)
+    both = (sure(Rule.CLASS) >= SURE) & (sure(Rule.TOKENS) >= LEAST_SHARE)
     firing = (
         pl.when(both).then(pl.concat_str(label(Rule.TOKENS), pl.lit(" ("), label(Rule.CLASS), pl.lit(")")))
         .when(sure(Rule.CLASS) > sure(Rule.TOKENS)).then(label(Rule.CLASS))

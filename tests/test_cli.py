@@ -84,6 +84,8 @@ def test_commands_are_those_of_the_design() -> None:
         ("analyze", "agreement"), ("analyze", "selectivity"), ("analyze", "faithfulness"), ("analyze", "effects"), ("analyze", "mixture"),
         ("analyze", "improve"), ("analyze", "rois"), ("analyze", "ablate-rois"), ("analyze", "communities"), ("analyze", "heads"),
         ("analyze", "vision"), ("explain", "ablation"), ("explain", "attribution"),
+        ("labels", "set"), ("labels", "remove"), ("labels", "import"), ("labels", "export"), ("labels", "auto"), ("labels", "list"),
+        ("labels", "search"),
         ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
         ("config", "path"), ("config", "show"), ("config", "init"),
     }  # fmt: skip
