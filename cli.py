@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .analysis.circuits import Circuit
-    from .analysis.report import Report
+    from .analysis.summary import Summary
     from .ingest.effective import EdgeSettings
     from .ingest.lookup import VirtualWeights
     from .model.pairs import Pair, Refusal
@@ -806,7 +806,7 @@ def _annotate(atlas: Path, graph: str | None, statistics: "StatisticsStore", run
         return annotate(store, statistics, run)
 
 
-# --- analyze, report -------------------------------------------------------------------------------------------------
+# --- analyze ---------------------------------------------------------------------------------------------------------
 
 Threshold = Annotated[float | None, typer.Option("--threshold", help="Least strength of an edge; unless given, what the --edges strongest reach.")]
 Edges = Annotated[int, typer.Option("--edges", help="Without --threshold: about so many edges.")]
@@ -907,25 +907,23 @@ def _at_most_one(options: "Mapping[str, object]", why: str) -> None:
         raise NotBoth(f"{' and '.join(given)} exclude each other: {why}")
 
 
-def _gather(
-    store: "GraphStore", atlas: Path, run: str, circuit: "Circuit", *, paths: int, path_rule: str, features: int, drawn: int = 150
-) -> "Report":
+def _gather(store: "GraphStore", atlas: Path, run: str, circuit: "Circuit", *, paths: int, path_rule: str, features: int) -> "Summary":
     """The circuit with everything that is known of its nodes."""
     from . import show
     from .analysis.circuits import PathRule
-    from .analysis.report import PageOptions, gather
+    from .analysis.summary import SummaryOptions, summarise
     from .queries.subgraphs import find_run
 
-    options = PageOptions(n_paths=paths, n_features=features, max_edges=drawn, rule=PathRule(path_rule), commands=show.NEXT_COMMANDS)
+    options = SummaryOptions(n_paths=paths, n_features=features, rule=PathRule(path_rule), commands=show.NEXT_COMMANDS)
     statistics = open_statistics(atlas)
     try:
-        return gather(store, statistics, find_run(store, run), circuit, options)
+        return summarise(store, statistics, find_run(store, run), circuit, options)
     finally:
         if statistics is not None:
             statistics.close()
 
 
-def _circuit_json(circuit: "Circuit", report: "Report", key: str | None) -> dict[str, object]:
+def _circuit_json(circuit: "Circuit", report: "Summary", key: str | None) -> dict[str, object]:
     numbers = {"n_nodes": circuit.n_nodes, "n_edges": circuit.n_edges, "average_degree": circuit.average_degree, "density": circuit.density}
     selection = circuit.selection
     named = circuit.nodes.join(report.notes.select("key", "name"), on="key", how="left", maintain_order="left")
@@ -1112,35 +1110,6 @@ def analyze_selectivity_command(
         show.show_selectivity(result)
 
 
-@app.command("report")
-def report_command(
-    run: Run = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("report.html"),
-    threshold: Threshold = None,
-    edges: Edges = DEFAULT_EDGES,
-    by: ByOption = "abs_weight",
-    top_edges: TopEdges = None,
-    paths: Paths = 10,
-    path_rule: PathRuleOption = "product",
-    drawn: Annotated[int, typer.Option("--drawn", help="Edges in the drawing, at most.")] = 150,
-    atlas: Atlas = DEFAULT_ATLAS,
-    graph: Graph = None,
-) -> None:
-    """One self-contained HTML page about a run's circuit; it opens offline."""
-    from . import show
-    from .analysis.circuits import By as Thresholded
-    from .analysis.circuits import Selection, run_circuit
-    from .queries.subgraphs import find_run
-
-    with open_atlas(atlas, graph, write=False) as store:
-        found = find_run(store, run)
-        selection = Selection(found.key, threshold or 0.0, Thresholded(by), top_edges)
-        circuit = run_circuit(store, found, selection, n_edges=edges if threshold is None and top_edges is None else None)
-        report = _gather(store, atlas, found.key, circuit, paths=paths, path_rule=path_rule, features=25, drawn=drawn)
-    show.write_report(report, output)
-    console.say(f"wrote {output}: {circuit.n_nodes} nodes, {circuit.n_edges} edges")
-
-
 # --- query -----------------------------------------------------------------------------------------------------------
 
 
@@ -1238,6 +1207,9 @@ def doctor_command(
 def demo_command(
     limit: Annotated[int, typer.Option("--limit", help="Pairs in all.")] = 48,
     fast: Annotated[bool, typer.Option("--fast", help="A few pairs only, to see it work.")] = False,
+    series: Annotated[
+        bool, typer.Option("--series", help="Instead: train a small transformer here, and see circuits emerge over its checkpoints (minutes).")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("report.html"),
     seed: Seed = 0,
     atlas: Atlas = DEFAULT_ATLAS,
@@ -1247,6 +1219,15 @@ def demo_command(
     """The whole pipeline on SmolLM2-135M: tasks it solves, statistics, edges, circuit, findings, and an HTML page."""
     from .demo import DemoOptions, run_demo
 
+    if series:
+        from .cli_series import present
+        from .series import demo_series
+
+        atlas.mkdir(parents=True, exist_ok=True)
+        with console.progress("series", quiet=as_json) as report:
+            record = demo_series(atlas, graph=graph, fast=fast, seed=seed, progress=report)
+        present(record, output, as_json)
+        return
     options = DemoOptions(atlas=atlas, graph=graph, output=output, limit=min(limit, 4) if fast else limit, seed=seed)
     with console.aside(as_json):
         circuit = run_demo(options).circuit
@@ -1369,6 +1350,7 @@ from . import (  # noqa: E402 - at the end: they register their commands on this
     cli_labels,  # noqa: F401
     cli_match,  # noqa: F401
     cli_regions,  # noqa: F401
+    cli_report,  # noqa: F401
     cli_samples,  # noqa: F401
     cli_series,  # noqa: F401
     cli_serve,  # noqa: F401

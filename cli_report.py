@@ -13,7 +13,7 @@ from .options import DEFAULT_ATLAS, Atlas, Graph, Json, Run, app, open_atlas, op
 def report_command(
     run: Run = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("report.html"),
-    max_edges: Annotated[int, typer.Option("--max-edges", min=1, help="Edges of each circuit, the strongest; the page's slider goes down to them.")] = 5000,
+    max_edges: Annotated[int, typer.Option("--max-edges", min=1, help="Edges of each circuit, the strongest: what the slider goes down to.")] = 5000,
     sequences: Annotated[int, typer.Option("--sequences", min=0, help="Sequences of each run that have a circuit of their own.")] = 24,
     features: Annotated[int, typer.Option("--features", min=0, help="Features with contexts and edges, the most influential first.")] = 3000,
     atlas: Atlas = DEFAULT_ATLAS,

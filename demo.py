@@ -14,7 +14,7 @@ from pathlib import Path
 from . import console, show
 from .analysis.circuits import Circuit, PathRule, Selection, run_circuit, write_circuit
 from .analysis.labels import annotate
-from .analysis.report import PageOptions, Report, gather
+from .analysis.summary import Summary, SummaryOptions, summarise
 from .errors import UserError
 from .ingest.effective import EdgeSettings
 from .ingest.pipeline import EdgeOptions, RunSummary, ingest_edges
@@ -23,6 +23,8 @@ from .model.dictionary_sources import SiteDictionaries, load_dictionaries
 from .model.loading import LoadedModel, load_model
 from .model.solvability import check_task
 from .model.tasks import build_task
+from .pages.report import ReportOptions, render
+from .pages.source import PageSource
 from .queries.statistics import StatisticsStore
 from .queries.store import open_graph
 from .queries.subgraphs import STRONGEST_ON_OUTPUT, find_run
@@ -53,7 +55,7 @@ class DemoOptions:
     candidates: tuple[str, ...] = CANDIDATES
 
 
-def run_demo(options: DemoOptions) -> Report:
+def run_demo(options: DemoOptions) -> Summary:
     """Run all of it, printing what is found on the way."""
     started = time.monotonic()
     options.atlas.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def run_demo(options: DemoOptions) -> Report:
     summary = measure(model, dictionaries, task, options)
     report = present(summary.run, options)
     console.heading(f"Done in {time.monotonic() - started:.0f} s. The page: {options.output} (open it in any browser). Try next:")
-    for command in report.commands:
+    for command in report.options.commands:
         console.say(f"  {command}")
     return report
 
@@ -118,17 +120,19 @@ def measure_edges(task: str, options: DemoOptions) -> RunSummary:
     return summary
 
 
-def present(run: str, options: DemoOptions) -> Report:
+def present(run: str, options: DemoOptions) -> Summary:
     """Cut the circuit, write it back, print it and save the page."""
     console.heading("4. The circuit")
     with open_graph(options.graph or options.atlas) as store, StatisticsStore(options.atlas, read_only=True) as statistics:
         found = find_run(store, run)
         circuit = run_circuit(store, found, Selection(run), n_edges=CIRCUIT_EDGES)
         key = write_circuit(store, circuit)
-        page = PageOptions(n_features=15, rule=PathRule.PRODUCT, commands=next_commands(circuit, options))
-        report = gather(store, statistics, found, circuit, page)
-    show.show_circuit(report, key)
-    show.write_report(report, options.output)
+        settings = SummaryOptions(n_features=15, rule=PathRule.PRODUCT, commands=next_commands(circuit, options))
+        report = summarise(store, statistics, found, circuit, settings)
+        show.show_circuit(report, key)
+        with console.saving(options.output), console.progress("page") as bar:
+            text = render(PageSource(store, statistics, options.atlas), ReportOptions(), bar)
+            options.output.write_text(text, encoding="utf-8")
     return report
 
 

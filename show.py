@@ -1,13 +1,12 @@
-"""A circuit, or a model's wiring, as tables that a person reads; a circuit as a page; what to try next."""
+"""A circuit, or a model's wiring, as tables that a person reads; what to try next."""
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import console
 from .analysis.circuits import PathRule, site_summary, top_nodes
 from .analysis.notes import marked, readable
-from .analysis.report import Report, render
+from .analysis.summary import Summary
 from .queries.subgraphs import STRONGEST_ON_OUTPUT
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def show_ingest(summary: "RunSummary") -> None:
         console.say(f"half-precision tails: first factors off by {tally.tail_error / tally.tail_scale:.1e} of their size on a sample")
 
 
-def show_circuit(report: Report, key: str | None) -> None:
+def show_circuit(report: Summary, key: str | None) -> None:
     """A circuit as tables."""
     circuit = report.circuit
     console.heading(f"Circuit {key or '(not written)'}: {report.title}, {report.subtitle}")
@@ -74,17 +73,18 @@ def show_circuit(report: Report, key: str | None) -> None:
     console.table(("site", "features", "error nodes", "share of the flow", "of it by error nodes"), rows)
     console.heading("Features with the most influence")
     show_features(report)
-    score = "part of all that enters the output" if report.rule is PathRule.PRODUCT else "strength of the weakest edge"
+    score = "part of all that enters the output" if report.options.rule is PathRule.PRODUCT else "strength of the weakest edge"
     console.heading(f"Strongest paths ({score})")
     show_paths(report)
 
 
-def show_features(report: Report) -> None:
+def show_features(report: Summary) -> None:
     """The most influential features by name, with a context each."""
-    top = top_nodes(report.circuit, report.n_features).join(report.notes, on="key", how="left", maintain_order="left")
+    top = top_nodes(report.circuit, report.options.n_features).join(report.notes, on="key", how="left", maintain_order="left")
     rows = [
         (
-            readable(marked(row["name"], row["label_kind"]), 36), row["site"], str(row["index"]), f"{row['influence']:.1%}", f"{row['out_strength']:+.3g}",
+            readable(marked(row["name"], row["label_kind"]), 36), row["site"], str(row["index"]),
+            f"{row['influence']:.1%}", f"{row['out_strength']:+.3g}",
             readable(row["contexts"][0], 80) if row["contexts"] else "",
         )
         for row in top.iter_rows(named=True)
@@ -92,21 +92,15 @@ def show_features(report: Report) -> None:
     console.table(("feature", "site", "index", "influence", "effect out", "strongest context"), rows)
 
 
-def show_paths(report: Report) -> None:
+def show_paths(report: Summary) -> None:
     """The strongest paths, nodes by name with the weights between them."""
     names = {key: marked(name, kind) for key, name, kind in report.notes.select("key", "name", "label_kind").iter_rows()}
     sites = dict(report.circuit.nodes.select("key", "site").iter_rows())
     for path in report.paths:
         nodes = [f"[{sites[key]}] {readable(names.get(key) or key, 28)}" for key in path.nodes]
         steps = [f"{node} ({weight:+.2g}) →" for node, weight in zip(nodes, path.weights)]
-        score = f"{path.score:.2%}" if report.rule is PathRule.PRODUCT else f"{path.score:.3g}"
+        score = f"{path.score:.2%}" if report.options.rule is PathRule.PRODUCT else f"{path.score:.3g}"
         console.say(f"  {score:>8}  {' '.join([*steps, nodes[-1]])}")
-
-
-def write_report(report: Report, output: Path) -> None:
-    """Save the page; raises `OutputFails`."""
-    with console.saving(output):
-        output.write_text(render(report), encoding="utf-8")
 
 
 def show_weights(summary: "WeightSummary", shares: "pl.DataFrame | None", *, has_text: bool) -> None:

@@ -17,7 +17,7 @@ from string import Template
 from ..analysis.plots import plotly_script
 
 SCRIPTS = ("page.js", "graph.js", "panel.js", "sections.js")
-"""The page's own scripts, in order; a page that is alive has more."""
+"""The page's own scripts, in order."""
 
 PACKED_FROM = 200_000
 """Bytes of contents from which on they are embedded compressed."""
@@ -28,24 +28,13 @@ def asset(name: str) -> str:
     return resources.files(__package__).joinpath(*name.split("/")).read_text(encoding="utf-8")
 
 
-def document(title: str, *, scripts: Sequence[str], data: str = "", nonce: str | None = None, plotly: bool = True) -> str:
-    """The page: `scripts` are the texts of what it runs after its libraries, `data` the elements that hold its contents.
-
-    With a `nonce` every script carries it, and the policy is the server's to send; without, the page has a policy of its own, which names the
-    scripts by their hashes.
-    """
-    libraries = [asset("vendor/cytoscape.min.js"), *([plotly_script()] if plotly else [])]
-    texts = [_unbroken(text) for text in (*libraries, *scripts)]
-    tag = "<script>" if nonce is None else f'<script nonce="{html.escape(nonce)}">'
+def document(title: str, data: str) -> str:
+    """The page with its scripts inlined and a policy that names them by their hashes; `data` is the element that holds its contents."""
+    texts = [_unbroken(text) for text in (asset("vendor/cytoscape.min.js"), plotly_script(), *map(asset, SCRIPTS))]
     return Template(asset("page.html")).substitute(
-        title=html.escape(title), style=asset("page.css"), data=data, scripts="\n".join(f"{tag}{text}</script>" for text in texts),
-        policy="" if nonce is not None else f'<meta http-equiv="Content-Security-Policy" content="{_policy(texts)}">\n',
-    )  # fmt: skip
-
-
-def own_scripts() -> list[str]:
-    """The texts of the page's own scripts."""
-    return [asset(name) for name in SCRIPTS]
+        title=html.escape(title), style=asset("page.css"), data=data, scripts="\n".join(f"<script>{text}</script>" for text in texts),
+        policy=f'<meta http-equiv="Content-Security-Policy" content="{_policy(texts)}">\n',
+    )
 
 
 def embedded(contents: Mapping[str, object]) -> str:

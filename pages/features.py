@@ -50,8 +50,8 @@ def named(source: PageSource, nodes: pl.DataFrame) -> pl.DataFrame:
         contexts = node_contexts(source.statistics, unlabelled, CONTEXTS_SHOWN).select(list(CONTEXTS))
     notes = feature_notes(nodes, contexts)
     outputs = pl.when(pl.col("kind") == "output").then(pl.col("key").str.split("|").list.last().str.replace_all("_", " ")).otherwise(pl.col("name"))
-    kind = pl.col("label_kind") if "label_kind" in notes.columns else pl.lit(None, dtype=pl.String).alias("label_kind")
-    return nodes.join(notes.select("key", "name", kind), on="key", how="left", maintain_order="left").with_columns(outputs.alias("name"))
+    called = nodes.drop("label_kind").join(notes.select("key", "name", "label_kind"), on="key", how="left", maintain_order="left")
+    return called.with_columns(outputs.alias("name"))
 
 
 def feature_table(source: PageSource) -> Page:

@@ -3,7 +3,7 @@
 (() => {
   "use strict";
   const { el, number, signed, percent, shown } = window.featlas;
-  const ROW = 104, WIDTH = 1040, STEP = 15;
+  const ROW = 104, WIDTH = 1040, STEP = 15, CROWDED = 24, LINES = 9;
   const RAMP = ["#2c5d8f", "#2f8f9d", "#5aa469", "#c0a53a", "#c8743c"];
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -66,7 +66,7 @@
     const edges = data.edges.map(([a, b, weight, strength]) => [places.get(a), places.get(b), weight, strength ?? Math.abs(weight ?? 1)]);
     const sites = data.sites || [...new Set(nodes.map((node) => node.row))].sort((a, b) => a - b).map((row) => `${row}`);
     const positioned = nodes.some((node) => node.pos >= 0), roots = nodes.some((node) => node.role === "input");
-    let byPosition = positioned && options.byPosition !== false, threshold = options.threshold ?? 0, state = null, hovered = null, chosen = null, matched = new Set(), frame = 0;
+    let byPosition = positioned && options.byPosition !== false, threshold = options.threshold ?? 0, state = null, hovered = null, chosen = null, matched = new Set(), frame = 0, gap = ROW, columnWidth = 74, touched = false;
 
     const under = el("canvas", { class: "under" }), host = el("div", {}), over = el("canvas", { class: "over" }), tip = el("div", { class: "tip", hidden: true });
     const fitButton = el("button", { class: "plain", type: "button", title: "Show all of it", onclick: () => fit(true) }, "fit");
@@ -76,10 +76,11 @@
     stage.setAttribute("aria-label", "Drawing of the graph: drag to move, wheel to zoom, click a node");
     element.replaceChildren(stage);
 
-    const top = edges.length ? edges.map((edge) => edge[3]).sort((a, b) => b - a) : [1];
-    const wide = top[Math.floor(top.length * 0.02)] || top[0] || 1;
-    const width = (strength) => 0.7 + 5 * Math.min(Math.sqrt(strength / wide), 1.15) ** 1.6;
-    const opacity = (strength) => 0.22 + 0.5 * Math.min(Math.sqrt(strength / wide), 1);
+    // On a logarithmic scale from the weakest edge to the strongest, so that a line says the same at every threshold.
+    const sizes = edges.map((edge) => edge[3]).filter((value) => value > 0), least = sizes.reduce((a, b) => Math.min(a, b), Infinity), span = Math.log(sizes.reduce((a, b) => Math.max(a, b), 0) / least) || 1;
+    const share = (strength) => (strength > 0 ? Math.log(strength / least) / span : 0);
+    const width = (strength) => 0.7 + 6.3 * share(strength) ** 1.7;
+    const opacity = (strength) => 0.25 + 0.5 * share(strength);
     const colourOf = (node) => (node.kind === "error" ? css("--faint") : node.kind === "output" ? "#e0a526" : node.colour || mixed(node.row / Math.max(sites.length - 2, 1)));
 
     const cy = window.cytoscape({
@@ -107,18 +108,21 @@
     const everything = prune(nodes, edges, 0, options.whole !== false && roots);
     const seed = uncrossed(nodes, edges, everything.kept, everything.alive).x;
     const place = () => {
-      const shownRows = new Map(), { x, widest, rows } = uncrossed(nodes, edges, state.kept, state.alive, seed, 4);
-      const span = Math.max(WIDTH, Math.min(widest, 400) * STEP);
-      rows.forEach((row, r) => {
-        shownRows.set(r, row.length);
-        if (row.length > 24) {  // a crowded row stands in zigzag, the most influential of three lowest
-          const steps = row.map((_, i) => i);
-          for (let i = 0; i < row.length; i += 3) {
-            const three = steps.slice(i, i + 3).sort((a, b) => state.influence[row[b]] - state.influence[row[a]]);
-            three.forEach((k, rank) => { nodes[row[k]].dy = (1 - rank) * 0.17 * ROW; });
-          }
-        } else row.forEach((i) => { nodes[i].dy = 0; });
+      const { x, rows } = uncrossed(nodes, edges, state.kept, state.alive, seed, 4);
+      // A crowded row stands in several lines; of the nodes of a column the most influential stands lowest, where its name has room.
+      const lines = (row) => (row.length > CROWDED ? Math.min(Math.max(3, Math.ceil(row.length / 40)), LINES) : 1);
+      let most = 1, widest = 1;
+      rows.forEach((row) => {
+        const n = lines(row);
+        most = Math.max(most, n);
+        widest = Math.max(widest, Math.ceil(row.length / n));
+        for (let i = 0; i < row.length; i += n) {
+          const column = row.slice(i, i + n).sort((a, b) => state.influence[b] - state.influence[a]);
+          column.forEach((node, rank) => { nodes[node].dy = ((n - 1) / 2 - rank) * 16; });
+        }
       });
+      gap = ROW + Math.max(most - 3, 0) * 15;
+      const breadth = Math.max(WIDTH, widest * STEP, (sites.length - 1) * gap * 1.6);
       if (byPosition) {
         const cells = new Map();
         nodes.forEach((node, i) => { if (state.alive[i]) { const cell = `${node.row}@${node.pos}`; if (!cells.has(cell)) cells.set(cell, []); cells.get(cell).push(i); } });
@@ -129,10 +133,9 @@
           cell.forEach((i, k) => { nodes[i].x = (nodes[i].pos + ((k % across) - (across - 1) / 2) * 0.8 / Math.max(across, 3)) * column; nodes[i].dy = -Math.floor(k / across) * 15; });
         }
         columnWidth = column;
-      } else nodes.forEach((node, i) => { if (state.alive[i]) node.x = (x[i] - 0.5) * span; });
-      nodes.forEach((node) => { node.y = -node.row * ROW + (node.dy || 0); });
+      } else nodes.forEach((node, i) => { if (state.alive[i]) node.x = (x[i] - 0.5) * breadth; });
+      nodes.forEach((node) => { node.y = -node.row * gap + (node.dy || 0); });
     };
-    let columnWidth = 74;
 
     const arrange = () => {
       place();
@@ -159,6 +162,7 @@
     };
 
     const fit = (animated) => {
+      touched = false;
       const visible = cy.nodes().not(".off");
       if (!visible.length) return;
       const box = visible.boundingBox(), left = 92, right = 30, upper = 34, lower = byPosition ? 54 : 34, w = cy.width(), h = cy.height();
@@ -187,7 +191,7 @@
       context.lineWidth = 1;
       context.globalAlpha = 0.55;
       context.beginPath();
-      sites.forEach((_, row) => { const y = Math.round(-row * ROW * zoom + pan.y) + 0.5; context.moveTo(0, y); context.lineTo(w, y); });
+      sites.forEach((_, row) => { const y = Math.round(-row * gap * zoom + pan.y) + 0.5; context.moveTo(0, y); context.lineTo(w, y); });
       context.stroke();
     };
 
@@ -205,7 +209,7 @@
       const [x, y] = at(i), radius = Math.max((cyNodes[i].data("size") / 2) * cy.zoom(), 2.5);
       context.globalAlpha = 1;
       context.beginPath();
-      context.arc(x, y, radius, 0, 7);
+      if (nodes[i].kind === "error") { context.moveTo(x - radius, y); context.lineTo(x, y - radius); context.lineTo(x + radius, y); context.lineTo(x, y + radius); context.closePath(); } else context.arc(x, y, radius, 0, 7);
       context.fillStyle = colourOf(nodes[i]);
       context.fill();
       context.lineWidth = ring ? 3 : 1.2;
@@ -214,8 +218,7 @@
     };
 
     const drawOver = () => {
-      const [context, w, h] = sized(over);
-      const focus = hovered ?? chosen, lit = new Set();
+      const [context, w, h] = sized(over), focus = hovered ?? chosen, lit = new Set();
       if (focus !== null && state.alive[focus]) {
         context.fillStyle = css("--paper");
         context.globalAlpha = 0.72;
@@ -232,8 +235,7 @@
     };
 
     const names = (context, w, h, lit, onlyLit) => {
-      const taken = [], zoom = cy.zoom();
-      const wanted = [];
+      const taken = [], zoom = cy.zoom(), wanted = [], room = state.n_nodes > 250 && zoom < 0.9 ? 45 : 140;
       for (let i = 0; i < nodes.length; i++) if (state.alive[i] && (!onlyLit || lit.has(i))) wanted.push(i);
       const weight = (i) => (i === hovered ? 4 : 0) + (i === chosen ? 3 : 0) + (lit.has(i) ? 2 : 0) + (nodes[i].kind === "output" ? 2 : 0) + state.influence[i] - (nodes[i].kind === "error" ? 0.5 : 0);
       wanted.sort((a, b) => weight(b) - weight(a));
@@ -242,12 +244,12 @@
       context.globalAlpha = 1;
       let drawn = 0;
       for (const i of wanted) {
-        if (drawn > 140) break;
+        if (drawn > room) break;
         const [x, y] = at(i);
         if (x < 0 || x > w || y < -10 || y > h) continue;
         const strong = lit.has(i);
         context.font = `${strong ? 600 : 400} ${strong ? 12 : 11.5}px ${FONT}`;
-        const name = shown(nodes[i].name ?? nodes[i].key ?? ""), room = strong ? 34 : 22, text = name.length > room ? `${name.slice(0, room - 1)}…` : name;
+        const name = shown(nodes[i].name ?? nodes[i].key ?? ""), long = strong ? 34 : 22, text = name.length > long ? `${name.slice(0, long - 1)}…` : name;
         const half = context.measureText(text).width / 2 + 4, size = (cyNodes[i].data("size") / 2) * zoom, y0 = y + size + 3, box = [x - half, y0 - 1, x + half, y0 + 14];
         if (taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) continue;
         taken.push(box);
@@ -268,7 +270,7 @@
       context.font = `600 12.5px ${FONT}`;
       let last = Infinity;
       sites.forEach((site, row) => {
-        const y = -row * ROW * zoom + pan.y;
+        const y = -row * gap * zoom + pan.y;
         if (y < 8 || y > h - (byPosition ? 40 : 8) || last - y < 15) return;
         last = y;
         const wide = context.measureText(site).width;
@@ -312,7 +314,7 @@
         el("b", {}, shown(node.name ?? node.key ?? "")),
         el("div", { class: "soft small" }, [node.site, node.kind === "feature" ? node.index : node.kind === "error" ? "error node" : node.kind, node.pos >= 0 ? `position ${node.pos}` : null].filter((part) => part !== null && part !== undefined).join(" · ")),
         el("div", { class: "small" }, options.describe ? options.describe(node) : `influence ${percent(state.influence[i])}, ${state.kept.filter((e) => edges[e][1] === i).length} in, ${state.kept.filter((e) => edges[e][0] === i).length} out`),
-        strongest(i));
+        ...strongest(i));
       tip.hidden = false;
       tip.style.left = `${Math.min(where.x + 16, box.width - 370)}px`;
       tip.style.top = where.y > box.height * 0.62 ? "auto" : `${where.y + 14}px`;
@@ -354,7 +356,8 @@
       drawn.src = cy.png({ output: "base64uri", full: false, scale: over.width / stage.clientWidth });
     };
 
-    const watch = new ResizeObserver(() => { cy.resize(); later(); });
+    cy.on("dragpan scrollzoom pinchzoom", () => { touched = true; });
+    const watch = new ResizeObserver(() => { cy.resize(); if (!touched) fit(false); later(); });
     watch.observe(stage);
     const dark = matchMedia("(prefers-color-scheme: dark)");
     const restyle = () => { cy.style().selector("edge.up").style("line-color", css("--up")).selector("edge.down").style("line-color", css("--down")).selector("node").style("border-color", css("--paper")).update(); later(); };

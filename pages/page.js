@@ -193,8 +193,9 @@
     const id = options.id || name.toLowerCase().replace(/[^a-z0-9]+/g, "-");
     const button = el("button", { type: "button", role: "tab", id: `tab-${id}`, onclick: () => go({ ...Object.fromEntries(Object.keys(address()).map((key) => [key, null])), tab: id, feature: address().feature }) }, name);
     button.setAttribute("aria-selected", "false");
-    tabs.set(id, { id, name, render, button, element: null, address: null });
-    document.getElementById("tabs").append(button);
+    const order = options.order ?? 100 + tabs.size, later = [...tabs.values()].filter((tab) => tab.order > order).sort((a, b) => a.order - b.order)[0];
+    tabs.set(id, { id, name, render, button, order, element: null, address: null });
+    document.getElementById("tabs").insertBefore(button, later ? later.button : null);
     if (started && address().tab === id) route();
     return id;
   };
@@ -288,6 +289,7 @@
   };
 
   const start = async () => {
+    if (started || !tabs.has("overview")) return;  // the sections say when they are there
     started = true;
     await route();
     document.body.dataset.ready = "true";

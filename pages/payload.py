@@ -223,8 +223,8 @@ def _cut_settings(cut: Circuit, circuit: str | None, n_candidates: int) -> Page:
     least = cut.edges["strength"].min() if cut.n_edges else None
     return plain({
         "circuit": circuit and cut.key, "run": selection.run, "by": selection.by.value, "threshold": selection.threshold,
-        "sequence": selection.sequence, "task": selection.task, "positions": selection.positions, "pruned": selection.pruned, "n_candidates": n_candidates, "n_edges": cut.n_edges,
-        "n_nodes": cut.n_nodes, "weakest": least, "description": selection.description,
+        "sequence": selection.sequence, "task": selection.task, "positions": selection.positions, "pruned": selection.pruned,
+        "n_candidates": n_candidates, "n_edges": cut.n_edges, "n_nodes": cut.n_nodes, "weakest": least, "description": selection.description,
     })  # type: ignore[no-any-return]  # fmt: skip
 
 

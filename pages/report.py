@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 from ..errors import UserError
 from ..queries.subgraphs import RunRow, find_run, list_runs
-from .document import document, embedded, own_scripts
+from .document import document, embedded
 from .features import feature_pages, feature_table
 from .payload import DRAWN_EDGES, circuit_page, overview, run_page
 from .source import Page, PageSource
@@ -85,7 +85,7 @@ def contents(source: PageSource, options: ReportOptions = ReportOptions(), progr
 def render(source: PageSource, options: ReportOptions = ReportOptions(), progress: Progress | None = None) -> str:
     """The file as text, about 5.5 MB and what the atlas holds; 5 MB are the libraries."""
     made = contents(source, options, progress)
-    return document(f"Atlas {source.atlas.resolve().name}", scripts=own_scripts(), data=embedded(made))
+    return document(f"Atlas {source.atlas.resolve().name}", embedded(made))
 
 
 # --- one part each ----------------------------------------------------------------------------------------------------

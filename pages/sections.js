@@ -151,7 +151,8 @@
       run.features.map((f) => [f.name, f.site, f.index, f.influence, f.out_strength, f.n_in, f.n_out, f.key]), { onRow: (row) => showFeature(row[7]) }));
     if (run.paths.length) element.append(el("h2", {}, "Strongest paths to the output"), el("p", { class: "soft" }, "A path's score is the product of its edges' shares: the part of everything entering the output that came this very way. Between two nodes stands the edge's weight: the effect on the metric, in its own units."),
       ...run.paths.map((path) => el("div", { class: "path" }, el("span", { class: "score" }, percent(path.score, 2)), path.nodes.map((node, i) => [nodeButton(node), i < path.weights.length ? el("span", { class: `small ${path.weights[i] >= 0 ? "up" : "down"}` }, `${signed(path.weights[i], 2)} →`) : null]))));
-    element.append(el("h2", {}, "Does the model solve the task?"), frame(run.tasks, { wide: false }));
+    element.append(el("h2", {}, "Does the model solve the task?"), table(
+      ["task", "pairs", { name: "answer preferred", number: true, format: (v) => percent(v, 0) }, { name: `${run.metric}, clean`, number: true, format: (v) => signed(v) }, { name: "corrupted", number: true, format: (v) => signed(v) }], run.tasks.rows, { wide: false }));
     if (run.sequences.length) element.append(el("details", {}, el("summary", {}, `${number(run.sequences.length)} sequences`), table(
       ["task", "clean", "answer", "corrupt", "wrong_answer", { name: "clean metric", number: true, format: (v) => signed(v) }, { name: "corrupt metric", number: true, format: (v) => signed(v) }, "edges"],
       run.sequences.map((s) => [s.task, s.clean, s.answer, s.corrupt, s.wrong_answer, s.metric_clean, s.metric_corrupt, s.n_edges, s.key]), { onRow: (row) => go(fresh({ tab: "circuits", run: run.key, sequence: row[8] })) })));
@@ -212,7 +213,7 @@
     const page = await atlas.get("region", { parcellation: chosen.key });
     element.append(...head(`Regions of ${String(page.model).split("@")[0]}`, `sets of features of a site that are active together: ${page.method} of ${page.basis}s, parcellation ${page.key}`).filter(Boolean),
       el("div", { class: "row" }, picker("parcellation", parcellations.map((p) => [p.key, `${p.method} of ${p.basis}s, ${p.key.slice(0, 8)}`]), chosen.key, (value) => go(fresh({ tab: "regions", partition: value })))));
-    if (page.findings.length) element.append(el("ul", { class: "findings" }, page.findings.map((text) => el("li", {}, text))));
+    if (page.findings.length && !page.exhibits.length) element.append(el("ul", { class: "findings" }, page.findings.map((text) => el("li", {}, text))));
     const details = el("div", { hidden: true, id: "block" });
     const live = page.blocks.filter((block) => block.kind !== "dead"), dead = page.blocks.filter((block) => block.kind === "dead");
     const number3 = { number: true, format: (v) => (v === null ? "–" : v.toFixed(3).replace("-", "−")) }, share = { number: true, format: (v) => (v === null ? "–" : percent(v, 0)) };
@@ -274,12 +275,12 @@
   const comparisons = async (element, now) => {
     const { comparisons: every } = await atlas.get("overview");
     const chosen = every.find((c) => c.comparison === now.comparison) || every[0], page = await atlas.get("comparison", { comparison: chosen.comparison });
-    element.append(...head(`${page.a} and ${page.b}`, page.subtitle || "").filter(Boolean),
+    element.append(...head(page.kind === "joint" ? "Joint partitions" : "Two graphs compared", `A: ${page.a}`).filter(Boolean), el("div", { class: "soft" }, `B: ${page.b}`),
       el("div", { class: "row" }, picker("comparison", every.map((c) => [c.comparison, `${c.a} and ${c.b}, ${c.comparison.slice(0, 8)}`]), chosen.comparison, (value) => go(fresh({ tab: "comparisons", comparison: value })))));
-    if (page.findings && page.findings.length) element.append(el("ul", { class: "findings" }, page.findings.map((text) => el("li", {}, text))));
-    for (const [title, made] of page.figures || []) element.append(el("h2", {}, title), figure(made));
-    for (const [title, data] of page.tables || []) element.append(el("h2", {}, title), frame(data));
-    const rows = Object.entries(page.settings || {}).map(([name, value]) => [name, plain(value)]).filter(([, value]) => value !== null);
+    element.append(...page.exhibits.map(exhibit));
+    const titles = { values: "Every number beside its null", links: "What corresponds to what", blocks: "Blocks of both" };
+    for (const [title, data] of page.tables) element.append(el("h2", {}, titles[title] || title), frame(data));
+    const rows = Object.entries(page.settings).map(([name, value]) => [name, plain(value)]).filter(([, value]) => value !== null);
     if (rows.length) element.append(el("h2", {}, "Settings"), settings(rows));
   };
 
@@ -289,15 +290,12 @@
     let all;
     try { all = await atlas.get("overview"); } catch (error) { document.getElementById("main").append(el("p", { class: "warn" }, error.message)); throw error; }
     document.getElementById("brand").textContent = all.atlas;
-    addTab("Overview", overview);
-    addTab("Circuits", circuits);
-    if (all.counts.Feature) addTab("Features", features);
-    if (all.sweeps.length) addTab("Faithfulness", faithfulness);
-    if (all.parcellations.length) addTab("Regions", regions);
-    if (all.communities.length) addTab("Communities", communities);
-    if (all.matchings.length) addTab("Matching", matching);
-    if (all.comparisons.length) addTab("Comparisons", comparisons);
-    for (const more of window.featlas.later || []) more();
+    const tabs = [
+      ["Overview", overview, true], ["Circuits", circuits, all.runs.length], ["Features", features, all.counts.Feature], ["Faithfulness", faithfulness, all.sweeps.length],
+      ["Regions", regions, all.parcellations.length], ["Communities", communities, all.communities.length], ["Matching", matching, all.matchings.length],
+      ["Comparisons", comparisons, all.comparisons.length],
+    ];
+    tabs.forEach(([name, render, there], order) => { if (there) addTab(name, render, { order }); });
     await window.featlas.start();
   };
   begin();

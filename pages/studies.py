@@ -5,10 +5,13 @@ An exhibit is a figure (as plotly.js takes it) with its question, what is held f
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
 
+from ..analysis.comparison_plots import exhibits
+from ..analysis.comparisons_store import list_comparisons, read_comparison
 from ..analysis.faithfulness import HELD_OUT
 from ..analysis.gallery import Exhibit, GalleryOptions, removal_exhibit, sweep_exhibits
 from ..analysis.plots import Figure
@@ -119,12 +122,12 @@ def region_page(source: PageSource, parcellation: str) -> Page:
     for block in blocks:
         if block["kind"] == "dead":
             block["members"] = []
-    exhibits: list[Page] = []
+    paths: list[Page] = []
     findings: list[str] = []
     losses: Page | None = None
     if source.statistics is not None and parcellation in stored_parcellations(source.statistics)["parcellation"].to_list():
         stored = read_parcellation(source.statistics, parcellation)
-        exhibits = _exhibits(path_exhibits(stored))
+        paths = _exhibits(path_exhibits(stored))
         known = regions_known(source.store, source.statistics, stored)
         findings = list(known.findings)
         losses = drawn(known.matrix) if known.matrix is not None else None
@@ -133,7 +136,7 @@ def region_page(source: PageSource, parcellation: str) -> Page:
     return plain({
         "key": parcellation, "model": first.get("model"), "method": first.get("method"), "basis": first.get("basis"), "findings": findings,
         "sites": [partition.get("site") for partition in partitions], "settings": json.loads(first.get("settings") or "{}"), "blocks": blocks,
-        "exhibits": exhibits, "losses": losses, "drives": table(drives_of(source.store, parcellation).head(TABLE_ROWS)),
+        "exhibits": paths, "losses": losses, "drives": table(drives_of(source.store, parcellation).head(TABLE_ROWS)),
     })  # type: ignore[no-any-return]  # fmt: skip
 
 
@@ -175,6 +178,12 @@ def _flows(source: PageSource, partition: Mapping[str, Any], members: pl.DataFra
     return [plain(row) for row in summed.sort(["abs_weight", "from", "to"], descending=[True, False, False]).iter_rows()]
 
 
+_KEPT = {
+    "title": "What each task keeps with a part alone", "question": "Is a part enough for the task that it belongs to?",
+    "reading": "Each cell is φ on the row's task with the column's part alone kept, over its 95 % interval: 1 is all of the effect, 0 nothing.",
+}  # fmt: skip
+
+
 def _removals(source: PageSource, partition: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[Exhibit]:
     """What is left of each task without a community, and with it alone, beside random nodes like it."""
     scores = run_query(source.store, "community_scores", {"partition": partition["key"]})
@@ -189,7 +198,8 @@ def _removals(source: PageSource, partition: Mapping[str, Any], numbers: Mapping
         for (metric, baseline), rows in scores.filter(pl.col("kind") == kind).group_by("metric", "baseline", maintain_order=True):
             ordered = rows.sort("number", "removed", "task").select("task", "removed", "value", "low", "high", "n")
             fixed = f"each community {treatment}; {metric}, baseline {baseline}, run {partition.get('run')}"
-            shown.append(removal_exhibit(ordered, fixed, quantity="φ", name=f"communities-{kind}-{len(shown)}"))
+            made = removal_exhibit(ordered, fixed, quantity="φ", name=f"communities-{kind}-{len(shown)}")
+            shown.append(made if kind == "completeness" else replace(made, **_KEPT))
     return shown
 
 
@@ -219,10 +229,22 @@ def matching_page(source: PageSource, matching: str) -> Page:
 
 
 def comparisons_of(source: PageSource) -> list[Page]:
-    """The comparisons that were kept, one row each."""
-    return []
+    """The comparisons that were kept, one row each, the last made first."""
+    if source.statistics is None:
+        return []
+    rows = list_comparisons(source.statistics)
+    return [{**row, **{name: json.loads(row[name]) for name in ("settings", "notes")}} for row in records(rows)]
 
 
 def comparison_page(source: PageSource, comparison: str) -> Page:
-    """A comparison of two graphs. Raises `NoSuchStudy`."""
-    raise NoSuchStudy(f"no comparison {comparison!r} in this atlas: `featlas compare` makes them")
+    """A comparison of two graphs, or joint partitions: its exhibits, and every frame of it that holds something, as `tables`.
+
+    Raises `NoSuchComparison`.
+    """
+    found = read_comparison(_statistics(source, "comparisons"), comparison)
+    frames = [(name, getattr(found, name)) for name in ("values", "links", "blocks")]
+    tables = [[title, table(frame.head(TABLE_ROWS))] for title, frame in frames if frame.height]
+    return plain({
+        "key": found.key, "kind": found.kind, "a": found.a, "b": found.b, "matching": found.matching, "settings": found.settings,
+        "notes": found.notes, "exhibits": _exhibits(exhibits(found)), "tables": tables,
+    })  # type: ignore[no-any-return]  # fmt: skip

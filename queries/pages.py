@@ -19,7 +19,7 @@ KEYS_AT_ONCE = 500
 _TEXT, _INT, _NUMBER, _FLAG = pl.String(), pl.Int64(), pl.Float64(), pl.Boolean()
 NODE_COLUMNS = {
     "key": _TEXT, "model": _TEXT, "dictionary": _TEXT, "site": _TEXT, "layer": _INT, "kind": _TEXT, "index": _INT, "label": _TEXT,
-    "frequency": _NUMBER, "mean_activation": _NUMBER,
+    "label_kind": _TEXT, "frequency": _NUMBER, "mean_activation": _NUMBER,
 }  # fmt: skip
 IN_CIRCUITS = {"key": _TEXT, "circuit": _TEXT, "role": _TEXT}
 IN_BLOCKS = {

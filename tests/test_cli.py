@@ -222,11 +222,12 @@ def test_environment_names_the_atlas(atlas: Path) -> None:
 
 def test_report_is_one_file(atlas: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    done = featlas("report", "--output", page, "--atlas", atlas, "--edges", 100)
+    done = featlas("report", "--output", page, "--atlas", atlas, "--max-edges", 100, "--json")
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"file": str(page), "bytes": page.stat().st_size}
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>")
-    assert "agreement" in text
+    assert f"<title>Atlas {atlas.name}</title>" in text
     mistake(featlas("report", "--output", tmp_path / "no" / "folder.html", "--atlas", atlas), 2, "folder.html")
 
 

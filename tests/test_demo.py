@@ -30,8 +30,8 @@ def test_demo_leaves_a_graph_a_page_and_three_commands_that_work(tmp_path: Path,
     # what a person reads are tokens: nearly all of the most influential features have names
     names = [name for name in report.notes["name"] if not name.startswith("feature ")]
     assert len(names) / report.notes.height > 0.8
-    assert len(report.commands) == 3
-    for command in report.commands:
+    assert len(report.options.commands) == 3
+    for command in report.options.commands:
         assert command in said
         monkeypatch.setattr(sys, "argv", shlex.split(command))
         with contextlib.redirect_stdout(io.StringIO()) as answer, pytest.raises(SystemExit) as left:
