@@ -502,13 +502,13 @@ def ingest_finish_command(
     as_json: Json = False,
 ) -> None:
     """Derive a run's INFLUENCES anew from its committed edges, as the end of `ingest edges` does."""
-    from .ingest.pipeline import finish_run
+    from .ingest.closing import close_run
     from .queries.labels import restore_labels
     from .queries.subgraphs import find_run
 
     with open_atlas(atlas, graph, write=True) as store:
         key = find_run(store, run).key
-        n_influences = finish_run(store, key)
+        n_influences = close_run(store, key)
         restore_labels(store, atlas)
     if as_json:
         console.say_json({"run": key, "n_influences": n_influences})
@@ -1178,28 +1178,29 @@ def _typed(value: str) -> object:
 @app.command("doctor")
 def doctor_command(
     model: Annotated[str | None, typer.Option("--model", help="Also: does this model load, and solve --task.")] = None,
-    dictionaries: Annotated[str | None, typer.Option("--dictionaries", help="Also: do these dictionaries fit --model.")] = None,
+    dictionaries: Annotated[str | None, typer.Option("--dictionaries", help="Also: how well do these dictionaries fit --model.")] = None,
     task: Annotated[str | None, task_option("The task that --model should solve.")] = None,
     device: Device = "cpu",
     atlas: Atlas = DEFAULT_ATLAS,
-    graph: Graph = None,
+    graph: Annotated[str | None, typer.Option("--graph", envvar="NEO4J_URI", help="Also: does this Neo4j server answer, and may it be written.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What is installed and working; with --model, --task and --dictionaries: do they fit together. Exit code 1 where something needed fails."""
-    from dataclasses import asdict
+    """What is installed and working, each thing ok, warn or fail with the way out; exit code 1 where something fails.
 
-    from . import doctor
+    With --model: is the model seen right, does it solve --task, do --dictionaries fit it.
+    """
+    from . import doctor, show_doctor
 
     if model is None and (dictionaries or task):
         raise NotBoth("--dictionaries and --task are checked on a model: name it with --model")
-    checks = doctor.check_all(atlas, graph)
+    found = doctor.check_all(atlas, graph)
     if model is not None:
-        checks += doctor.check_model(model, dictionaries, task, device)
+        found += doctor.check_model(model, dictionaries, task, device)
     if as_json:
-        console.say_json([asdict(check) for check in checks])
+        console.say_json(show_doctor.as_json(found))
     else:
-        console.table(("", "what", "found"), [("ok" if c.works else "FAILS" if c.needed else "missing", c.name, c.detail) for c in checks])
-    if any(check.needed and not check.works for check in checks):
+        show_doctor.show(found)
+    if any(check.status is doctor.Status.FAIL for check in found):
         raise typer.Exit(1)
 
 

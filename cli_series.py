@@ -20,7 +20,7 @@ Page = Annotated[Path | None, typer.Option("--page", help="Save the figures as a
 @series_app.command("train")
 def series_train_command(
     folder: Annotated[Path, typer.Argument(help="New folder for the checkpoints; a finished one is kept as it is.")],
-    tasks: Annotated[str, typer.Option("--tasks", help="Tasks whose sentences are the whole text, by commas.")] = "agreement,agreement_rc,pronoun,ioi",
+    tasks: Annotated[str, typer.Option("--tasks", help="Tasks whose sentences are the text, by commas.")] = "agreement,agreement_rc,pronoun,ioi",
     family: Annotated[Literal["llama", "gpt_neox", "gpt2"], typer.Option("--family", help="Kind of transformer.")] = "llama",
     layers: Annotated[int, typer.Option("--layers", help="Blocks.")] = 3,
     width: Annotated[int, typer.Option("--width", help="Width of the residual stream.")] = 64,
@@ -59,7 +59,7 @@ def series_measure_command(
     at: Annotated[str | None, typer.Option("--at", help="Their places, by commas; else the number in each name (step3000, 70m).")] = None,
     axis: Annotated[str, typer.Option("--axis", help="What the places count.")] = "step",
     title: Annotated[str | None, typer.Option("--title", help="What to call the series.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="Task, mixture or JSONL of pairs; of a folder of checkpoints its held-out pairs.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="Task, mixture or JSONL of pairs; else a folder of checkpoints' own.")] = None,
     dictionaries: Annotated[
         str,
         typer.Option(
@@ -100,7 +100,7 @@ def series_measure_command(
     atlas.mkdir(parents=True, exist_ok=True)
     with console.progress("series", quiet=as_json) as report:
         record = measure_series(members, options, title=title or f"{members[0].name} to {members[-1].name}", axis=axis, progress=report)
-    _present(record, page, as_json)
+    present(record, page, as_json)
 
 
 def _places(text: str) -> list[float]:
@@ -133,10 +133,11 @@ def series_show_command(
     """A series that was measured, as tables, a page, or JSON with all of its numbers."""
     from .queries.series import read_series
 
-    _present(read_series(atlas, key), page, as_json)
+    present(read_series(atlas, key), page, as_json)
 
 
-def _present(record: "SeriesRecord", page: Path | None, as_json: bool) -> None:
+def present(record: "SeriesRecord", page: Path | None, as_json: bool) -> None:
+    """Save the figures where a page was asked for, and print the series."""
     from . import show_series
     from .analysis.series_gallery import series_page
 

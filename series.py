@@ -11,6 +11,7 @@ What is measured of a model is kept as soon as it is there: the same call goes o
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import polars as pl
 
-from .analysis.circuits import Circuit, Selection, run_circuit
+from .analysis.circuits import Circuit, EmptyCircuit, NoEdges, Selection, run_circuit
 from .analysis.comparison_records import CURVES, VALUES
 from .analysis.controls import Method
 from .analysis.faithfulness import CIRCUIT, POOLED, Averaging, areas, faithfulness, smallest, with_sizes
@@ -39,7 +40,7 @@ from .model.evaluation import evaluate_dictionaries
 from .model.loading import LoadedModel, load_model
 from .model.metrics import Metric
 from .model.sites import Site, SiteKind, parse_site
-from .model.small_models import HELD_OUT_FILE, LISTING, TEXTS_FILE, read_series
+from .model.small_models import HELD_OUT_FILE, LISTING, TEXTS_FILE, SmallModelOptions, read_series, train_small_model
 from .model.solvability import check_task
 from .model.tasks import load_task
 from .model.training import TrainingOptions, train_dictionaries
@@ -206,23 +207,30 @@ def measure_member(member: Member, options: SeriesOptions, say: Callable[[str], 
     )  # fmt: skip
     summary = ingest_edges(edges)
     say("circuits")
-    with open_graph(options.graph or options.atlas) as store:
-        run = find_run(store, summary.run)
-        whole = run_circuit(store, run, Selection(run.key))
-        ablated = StudyOptions(metrics=(options.metric,), device=options.device, model=member.model, dictionaries=spec, seed=options.seed)
-        study = open_study(store, run, ablated, options.atlas)
-        plan = plan_sweep(store, study, SweepOptions(shares=options.shares, held_out=options.held_out, ablations=(Ablation.EDGE,), complement=False))
-        sweep = try_circuits(plan, VerdictOptions(controls=(Method.RANDOM_EDGES,), control_draws=1))
     about = pl.DataFrame(
-        {"model": [model.key], "run": [run.key], "loss": [member.loss], "n_layers": [model.n_layers], "d_model": [model.d_model],
+        {"model": [model.key], "run": [summary.run], "loss": [member.loss], "n_layers": [model.n_layers], "d_model": [model.d_model],
          "parameters": [sum(weight.numel() for weight in model.module.parameters())], "dictionaries": [spec]},
         schema_overrides={"loss": pl.Float64},
     )  # fmt: skip
-    frames = {
-        "members": about, "tasks": tasks.rename({"n": "pairs"}), "quality": quality, "faithfulness": _faithfulness(sweep), "areas": _areas(sweep),
-        "graphs": graph_numbers(whole), "flow": flow_by_site(whole),
-    }  # fmt: skip
-    return {name: _of_member(frames[name], member) for name in PARTS}
+    frames = {"members": about, "tasks": tasks.rename({"n": "pairs"}), "quality": quality, **_circuits(member, spec, summary.run, options)}
+    return {name: _of_member(frames[name], member) for name in PARTS if name in frames}
+
+
+def _circuits(member: Member, dictionaries: str, run_key: str, options: SeriesOptions) -> dict[str, pl.DataFrame]:
+    """`graphs`, `flow`, `faithfulness` and `areas` of a run; only `graphs`, of zeros, where no edge of it reaches the output."""
+    with open_graph(options.graph or options.atlas) as store:
+        run = find_run(store, run_key)
+        try:
+            whole = run_circuit(store, run, Selection(run.key))
+        except (NoEdges, EmptyCircuit):
+            return {"graphs": pl.DataFrame([dict.fromkeys(GRAPH_NUMBERS, 0) | {"error_share": None}], schema=GRAPH_NUMBERS)}
+        ablated = StudyOptions(
+            metrics=(options.metric,), device=options.device, dtype=options.dtype, model=member.model, dictionaries=dictionaries, seed=options.seed
+        )
+        study = open_study(store, run, ablated, options.atlas)
+        plan = plan_sweep(store, study, SweepOptions(shares=options.shares, held_out=options.held_out, ablations=(Ablation.EDGE,), complement=False))
+        sweep = try_circuits(plan, VerdictOptions(controls=(Method.RANDOM_EDGES,), control_draws=1))
+    return {"faithfulness": _faithfulness(sweep), "areas": _areas(sweep), "graphs": graph_numbers(whole), "flow": flow_by_site(whole)}
 
 
 def _of_member(frame: pl.DataFrame, member: Member) -> pl.DataFrame:
@@ -278,26 +286,31 @@ def _areas(sweep: Sweep) -> pl.DataFrame:
     return pl.concat(found, how="vertical_relaxed").select("task", "method", "area", "value", "low", "high", "edges_to_0.8")
 
 
+GRAPH_NUMBERS = {
+    "nodes": pl.Int64(), "edges": pl.Int64(), "strength": pl.Float64(), "effective_edges": pl.Float64(), "error_share": pl.Float64(),
+    "average_degree": pl.Float64(),
+}  # fmt: skip
+"""What is said of a graph as a whole, see `graph_numbers`."""
+
+
 def graph_numbers(whole: Circuit) -> pl.DataFrame:
-    """One row about a graph: nodes, edges, and how spread its attribution is.
+    """One row about a graph, as `GRAPH_NUMBERS`: nodes, edges, and how spread its attribution is.
 
     effective_edges: exp of the entropy of the edges' shares of all |weight|: how many edges of equal weight would be as spread (Hill number of order
     1). error_share: of the strength into the output, what passes error nodes last.
     """
     edges = whole.edges.filter(pl.col("strength") > 0)
-    share = edges["strength"] / edges["strength"].sum() if edges.height else pl.Series([], dtype=pl.Float64)
-    entropy = float(-(share * share.log()).sum()) if edges.height else 0.0
+    share = edges["strength"] / edges["strength"].sum()
+    entropy = -float((share * share.log()).sum())
     into_output = edges.join(whole.nodes.filter(pl.col("kind") == "output").select(pl.col("key").alias("target")), on="target", how="semi")
     errors = into_output.join(whole.nodes.filter(pl.col("kind") == "error").select(pl.col("key").alias("source")), on="source", how="semi")
     total = float(into_output["strength"].sum())
-    return pl.DataFrame(
-        {
-            "nodes": [whole.n_nodes], "edges": [whole.n_edges], "strength": [float(edges["strength"].sum())],
-            "effective_edges": [float(pl.Series([entropy]).exp()[0]) if edges.height else 0.0],
-            "error_share": [float(errors["strength"].sum()) / total if total else None], "average_degree": [whole.average_degree],
-        },
-        schema_overrides={"error_share": pl.Float64},
-    )
+    row = {
+        "nodes": whole.n_nodes, "edges": whole.n_edges, "strength": float(edges["strength"].sum()),
+        "effective_edges": math.exp(entropy) if edges.height else 0.0,
+        "error_share": float(errors["strength"].sum()) / total if total else None, "average_degree": whole.average_degree,
+    }  # fmt: skip
+    return pl.DataFrame([row], schema=GRAPH_NUMBERS)
 
 
 def flow_by_site(whole: Circuit) -> pl.DataFrame:
@@ -345,11 +358,11 @@ def _compared(runs: tuple[str, str], found: Matching, options: SeriesOptions) ->
     empty = {"values": pl.DataFrame(schema=dict(VALUES)), "curves": pl.DataFrame(schema=dict(CURVES))}
     if matched.is_empty():
         return empty
-    with open_graph(options.graph or options.atlas, read_only=True) as store:
-        a, b = (read_side(store, key, SideOptions()) for key in runs)
     try:
+        with open_graph(options.graph or options.atlas, read_only=True) as store:
+            a, b = (read_side(store, key, SideOptions()) for key in runs)
         comparison = compare(a, b, matched, CompareOptions(parts=(Part.EDGES,), draws=options.draws, seed=options.seed))
-    except BadMatching:  # none of the matched features is in a graph
+    except (BadMatching, NoEdges, EmptyCircuit):  # a graph without edges, or none of the matched features in one
         return empty
     return {"values": comparison.values, "curves": comparison.curves}
 
@@ -416,3 +429,20 @@ def _kept(atlas: Path, key: str, member: str, measure: Callable[[], Mapping[str,
 
 def _saying(progress: Report | None, done: int, total: int, name: str) -> Callable[[str], None]:
     return lambda stage: progress(done, total, f"{name}: {stage}") if progress else None
+
+
+# -- 5. The demonstration ------------------------------------------------------------------------------------
+
+
+def demo_series(atlas: Path, *, graph: str | None = None, fast: bool = False, seed: int = 0, progress: Report | None = None) -> SeriesRecord:
+    """Train a small transformer on four tasks, keep its checkpoints in the atlas, and measure them all. fast: a smaller one on two tasks."""
+    folder = atlas / "models" / (f"small-fast-{seed}" if fast else f"small-{seed}")
+    training = SmallModelOptions(seed=seed)
+    if fast:
+        training = SmallModelOptions(tasks=("agreement", "pronoun"), n_layers=2, d_model=32, n_heads=2, steps=256, first=64, evenly=1, seed=seed)
+    train_small_model(folder, training, progress=progress)
+    asked = SeriesOptions(atlas=atlas, graph=graph, task="", seed=seed)
+    if fast:
+        asked = replace(asked, width=64, k=4, tokens=15_000, limit=12, held_out=12, matched=40, draws=2)
+    options = begin_series([str(folder)], asked)
+    return measure_series(members_of([str(folder)]), options, title="Checkpoints of a small transformer", axis="step", progress=progress)

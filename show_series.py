@@ -3,12 +3,10 @@
 import polars as pl
 
 from . import console
-from .analysis.edge_overlap import REWIRED
+from .analysis.edge_overlap import PERMUTED, REWIRED
 from .analysis.faithfulness import ATTRIBUTION, POOLED
-from .analysis.series_gallery import beside_last, last, solved_from
+from .analysis.series_gallery import SHARED_EDGES, beside_last, last, solved_from
 from .queries.series import SeriesRecord
-
-_SHARED = "weighted Jaccard, mean over sizes"
 
 
 def show_series(record: SeriesRecord) -> None:
@@ -18,19 +16,19 @@ def show_series(record: SeriesRecord) -> None:
     names = tasks["task"].unique(maintain_order=True).to_list()
     accuracy = {(x, task): value for x, task, value in tasks.select("x", "task", "accuracy").iter_rows()}
     members = record.frames["members"].sort("x")
-    rows = [
+    solved = [
         (row["name"], None if row["loss"] is None else f"{row['loss']:.2f}", *(_percent(accuracy.get((row["x"], task))) for task in names))
         for row in members.iter_rows(named=True)
     ]
-    console.table((record.axis, "loss", *names), rows)
+    console.table((record.axis, "loss", *names), solved)
     for task, name in solved_from(record).select("task", "name").iter_rows():
         console.say(f"{task}: " + (f"solved from {name} on" if name is not None else "never solved (accuracy below 90 %)"))
     console.say("")
-    console.table(
-        (record.axis, "edges", "effective", "CPR", "random", f"features matched in {last(record)}", "by chance", "edges shared", "if rewired"),
-        [_graph_row(record, row) for row in members.iter_rows(named=True)],
-    )
-    console.say("effective: edges of equal strength that would be as spread. CPR: mean φ over the share of edges kept. Edges shared: weighted Jaccard.")
+    of_last = (f"features matched in {last(record)}", "by chance", "edges shared", "rewired", "exchanged")
+    rows = [_graph_row(record, row) for row in members.iter_rows(named=True)]
+    console.table((record.axis, "edges", "effective", "CPR", "random", *of_last), rows)
+    console.say("effective: edges of equal strength that are as spread. CPR: mean φ over the share of edges kept. Edges shared: weighted Jaccard;")
+    console.say("by chance, where the last graph is rewired, or matched features are exchanged inside their sites.")
 
 
 def _percent(share: float | None) -> str | None:
@@ -45,10 +43,10 @@ def _graph_row(record: SeriesRecord, member: dict[str, object]) -> tuple[object,
     cpr = dict(area.select("method", "value").iter_rows())
     ours, random = cpr.get(ATTRIBUTION), next((value for method, value in cpr.items() if method != ATTRIBUTION), None)
     features = beside_last(record, "matching").filter(here) if "matching" in record.frames else pl.DataFrame()
-    shared = beside_last(record, "values").filter(here & (pl.col("quantity") == _SHARED)) if "values" in record.frames else pl.DataFrame()
-    shared = shared.filter(pl.col("null") == REWIRED) if shared.height else shared
+    shared = beside_last(record, "values").filter(here & (pl.col("quantity") == SHARED_EDGES)) if "values" in record.frames else pl.DataFrame()
     numbers = [_percent(features[column][0]) if features.height else None for column in ("share_a", "null_share")]
-    edges = [_number(shared[column][0]) if shared.height else None for column in ("value", "null_mean")]
+    chance = dict(shared.select("null", "null_mean").iter_rows()) if shared.height else {}
+    edges = [_number(shared["value"][0]) if shared.height else None, *(_number(chance.get(null)) for null in (REWIRED, PERMUTED))]
     return (member["name"], f"{graph['edges']:,}", f"{graph['effective_edges']:.0f}", _number(ours), _number(random), *numbers, *edges)
 
 

@@ -9,7 +9,7 @@ import polars as pl
 
 from ..queries.series import SeriesRecord
 from .edge_overlap import PART as EDGES
-from .edge_overlap import REWIRED
+from .edge_overlap import PERMUTED, REWIRED
 from .faithfulness import ATTRIBUTION, POOLED
 from .gallery import Exhibit, gallery
 from .series_plots import Panel, lines_figure
@@ -179,7 +179,19 @@ def _sites(record: SeriesRecord) -> Exhibit | None:
     )  # fmt: skip
 
 
-_EDGE_QUANTITIES = ("weighted Jaccard, mean over sizes", "Jaccard, mean over sizes")
+SHARED_EDGES = "weighted Jaccard, mean over sizes"
+"""The number of a comparison that says in one how much two graphs share, without asking for a size."""
+_LINES = {"shared": "edges shared", REWIRED: "if rewired", PERMUTED: "if counterparts are exchanged"}
+
+
+def _shared_lines(rows: pl.DataFrame) -> pl.DataFrame:
+    """Edges shared, and what two kinds of chance give, as three lines."""
+    found = rows.filter((pl.col("part") == EDGES) & (pl.col("quantity") == SHARED_EDGES))
+    shared = found.unique(["x", "name"], maintain_order=True).with_columns(pl.lit("shared").alias("null"), pl.col("value").alias("null_mean"))
+    nulls = found.filter(pl.col("null").is_in([REWIRED, PERMUTED]))
+    lines = pl.concat([shared.with_columns(pl.lit(None, pl.Float64).alias("null_low"), pl.lit(None, pl.Float64).alias("null_high")), nulls])
+    columns = (pl.col("null_mean").alias("value"), pl.col("null_low").alias("low"), pl.col("null_high").alias("high"))
+    return lines.select("x", "name", pl.col("null").replace_strict(_LINES).alias("line"), *columns)
 
 
 def _edges(record: SeriesRecord) -> Exhibit | None:
@@ -187,15 +199,15 @@ def _edges(record: SeriesRecord) -> Exhibit | None:
         return None
     panels = []
     for title, rows in (("beside the last", beside_last(record, "values")), ("beside the one before", beside_previous(record, "values"))):
-        shown = rows.filter((pl.col("part") == EDGES) & pl.col("quantity").is_in(_EDGE_QUANTITIES) & (pl.col("null") == REWIRED))
-        lines = shown.select("x", "name", pl.col("quantity").alias("line"), "value", pl.col("null_mean").alias("null"), "null_low", "null_high")
-        panels.append(Panel(f"edges shared, {title}", lines, "share", SHARE))
+        panels.append(Panel(f"edges shared, {title}", _shared_lines(rows), "weighted Jaccard", SHARE))
     whole = (pl.col("part") == "coverage") & pl.col("quantity").str.starts_with("strength of") & (pl.col("site") == "")
     covered = beside_last(record, "values").filter(whole).select("x", "name", pl.col("quantity").alias("line"), "value")
     panels.append(Panel("strength between matched nodes", covered, "share", SHARE))
     return Exhibit(
         "edges", "When the last model's edges appear", "Is what drives what in the last model already there?",
-        "edges between matched features; strengths as shares of each graph's; null: the other graph rewired, degrees and layers kept",
-        "Each size from one to all edges counts, each decade of sizes alike. Dotted and grey: rewired graphs.",
+        "edges between matched features; strengths as shares of each graph's; by chance: the other graph rewired with its degrees and layers kept, "
+        "or counterparts exchanged at random inside their sites",
+        "Weighted Jaccard over sizes from one to all edges, each decade of sizes alike. Where nearly all pairs are joined, rewiring changes nothing: "
+        "then exchanged counterparts say what chance gives.",
         lines_figure(panels, axis=record.axis, title="When edges appear", columns=3), record.frames["values"],
     )  # fmt: skip
