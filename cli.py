@@ -1182,7 +1182,9 @@ def doctor_command(
     task: Annotated[str | None, task_option("The task that --model should solve.")] = None,
     device: Device = "cpu",
     atlas: Atlas = DEFAULT_ATLAS,
-    graph: Annotated[str | None, typer.Option("--graph", envvar="NEO4J_URI", help="Also: does this Neo4j server answer, and may it be written.")] = None,
+    graph: Annotated[
+        str | None, typer.Option("--graph", envvar="NEO4J_URI", help="Also: does this Neo4j server answer, and may it be written.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What is installed and working, each thing ok, warn or fail with the way out; exit code 1 where something fails.

@@ -287,8 +287,8 @@ def test_doctor_names_what_it_found(tmp_path: Path) -> None:
     done = featlas("doctor", "--atlas", tmp_path, "--json")
     checks = {check["name"]: check for check in json.loads(done.stdout)}
     assert done.returncode == 0
-    assert checks["torch"]["works"]
-    assert {"graph-tool", "java", "maven", "chromium", "graph store", "statistics store"} <= set(checks)
+    assert checks["torch"]["status"] == "ok"
+    assert {"graph-tool", "java", "maven", "chromium", "embedded graph", "statistics", "memory", "disk", "pot"} <= set(checks)
 
 
 def test_from_pairs_to_circuit_on_a_tiny_model(tmp_path: Path) -> None:
@@ -383,4 +383,4 @@ def test_doctor_finds_graph_tool_in_its_own_python(tmp_path: Path) -> None:
     if not Path("/usr/bin/python3").exists() or subprocess.run(["/usr/bin/python3", "-c", "import graph_tool"], check=False).returncode:
         pytest.skip("graph-tool is not installed under /usr/bin/python3")
     checks = {check["name"]: check for check in json.loads(featlas("doctor", "--atlas", tmp_path, "--json").stdout)}
-    assert checks["graph-tool"]["works"]
+    assert checks["graph-tool"]["status"] == "ok"
