@@ -1,5 +1,6 @@
 """The command `featlas serve`: opens, calls, says where the page is."""
 
+import os
 import sys
 from typing import Annotated
 
@@ -44,4 +45,8 @@ def serve_command(
         try:
             serve(make_app(reader, token, Served(live_page(), scripts()), ServeOptions(rows, seconds)), bound)
         except KeyboardInterrupt:
+            reader.close()
             console.note("stopped")
+            sys.stderr.flush()
+            # nothing was written and nothing is open; a query that still runs in a thread would keep the process until its time is over
+            os._exit(0)

@@ -61,6 +61,10 @@
     return size >= 1e-3 && size < 1e6 ? String(+value.toPrecision(5)) : value.toExponential(3);
   }
 
+  function duration(ms) {
+    return ms < 10 ? `${ms.toFixed(1)} ms` : ms < 2000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
+  }
+
   function short(text, length) {
     return text.length > length ? text.slice(0, length - 1) + "…" : text;
   }
@@ -209,7 +213,7 @@
   function showHistory() {
     parts.history.replaceChildren(...state.history.map((entry, i) =>
       h("button", { className: "cy-item", title: entry.cypher, onclick: () => { state.at = i; put(entry); } },
-        h("code", {}, short(entry.cypher.replace(/\s+/g, " "), 90)), h("span", {}, `${entry.rows}${entry.cut ? "+" : ""} rows, ${number(entry.ms)} ms`))));
+        h("code", {}, short(entry.cypher.replace(/\s+/g, " "), 90)), h("span", {}, `${entry.rows}${entry.cut ? "+" : ""} rows, ${duration(entry.ms)}`))));
   }
 
   function forget() {
@@ -308,7 +312,7 @@
     state.sort = null;
     const { nodes, edges } = said.graph;
     const cut = said.cut ? `, the first ${said.rows.length}: there are more (raise "rows", or set a LIMIT)` : "";
-    parts.status.textContent = `${said.rows.length} ${said.rows.length === 1 ? "row" : "rows"} in ${number(said.ms)} ms${cut}`;
+    parts.status.textContent = `${said.rows.length} ${said.rows.length === 1 ? "row" : "rows"} in ${duration(said.ms)}${cut}`;
     parts.result.hidden = false;
     if (!nodes.length && state.view === "graph") state.view = "table";
     else if (nodes.length && edges.length && state.view === "table" && !state.chosen) state.view = "graph";
@@ -326,7 +330,7 @@
       ...Object.keys(views).map(button), h("span", { className: "cy-gap" }),
       h("button", { className: "plain", onclick: () => save("answer.csv", "text/csv", csv()) }, "CSV"),
       h("button", { className: "plain", onclick: () => save("answer.json", "application/json", JSON.stringify(objects(), null, 1)) }, "JSON"),
-      state.view === "graph" && h("button", { className: "plain", onclick: saveImage }, "PNG"));
+      ...(state.view === "graph" ? [h("button", { className: "plain", onclick: saveImage }, "PNG")] : []));
     if (state.chart) {
       state.chart.destroy();
       state.chart = null;
@@ -390,7 +394,7 @@
   function cell(value, column) {
     if (value === null) return h("span", { className: "cy-null" }, "null");
     if (typeof value === "number") return number(value);
-    if (typeof value === "string") return featureOf(value) ? opener(value, value) : value;
+    if (typeof value === "string") return featureOf(value) ? opener(value, place(featureOf(value))) : value;
     if (typeof value !== "object") return String(value);
     if (Array.isArray(value)) return value.length ? value.flatMap((item, i) => (i ? [", ", cell(item, column)] : [cell(item, column)])) : "[]";
     if (value.properties && value.label) {
@@ -408,6 +412,11 @@
 
   function featureOf(key) {
     return state.answer.graph.nodes.find((node) => node.label === "Feature" && node.key === key);
+  }
+
+  /** Where a feature is: shorter than its key, which stands in the tip and in what is saved. */
+  function place({ properties }) {
+    return properties.kind === "feature" ? `${properties.site}/${properties.index}` : properties.kind === "error" ? `error of ${properties.site}` : properties.site;
   }
 
   function opener(key, name) {
@@ -443,7 +452,7 @@
     state.deepest = Math.max(state.deepest || 1, ...layers);
     const heaviest = Math.max(1e-12, ...edges.map((edge) => Math.abs(edge.properties.weight || 0)));
     chart.add(nodes.filter((node) => chart.getElementById(node.id).empty()).map((node) => ({ group: "nodes", data: {
-      ...node, caption: short(String(node.name), 26), fill: fill(node), shape: shape(node), size: node.label === "Feature" ? 22 : 30,
+      ...node, caption: short(String(node.name), 40), fill: fill(node), shape: shape(node), size: node.label === "Feature" ? 22 : 30,
     } })));
     const identity = (edge) => JSON.stringify([edge.type, edge.source, edge.target, edge.properties]);
     chart.add(edges.filter((edge) => chart.getElementById(identity(edge)).empty()).map((edge) => {
@@ -478,7 +487,8 @@
     return [
       { selector: "node", style: {
         "background-color": "data(fill)", shape: "data(shape)", width: "data(size)", height: "data(size)", label: "data(caption)", color: ink, "font-size": 11,
-        "text-valign": "bottom", "text-margin-y": 4, "text-outline-color": ground, "text-outline-width": 2, "min-zoomed-font-size": 7,
+        "text-valign": "bottom", "text-margin-y": 4, "text-outline-color": ground, "text-outline-width": 2, "min-zoomed-font-size": 6,
+        "text-wrap": "wrap", "text-max-width": 92,
       } },
       { selector: "edge", style: {
         width: "data(width)", "line-color": soft, "target-arrow-color": soft, "target-arrow-shape": "triangle", "arrow-scale": 0.9, "curve-style": "bezier",
@@ -487,6 +497,7 @@
       { selector: "edge.named, edge.near, edge:selected", style: { label: "data(caption)" } },
       { selector: "edge[sign > 0]", style: { "line-color": colour("--up"), "target-arrow-color": colour("--up") } },
       { selector: "edge[sign < 0]", style: { "line-color": colour("--down"), "target-arrow-color": colour("--down") } },
+      { selector: "node.raised", style: { "text-valign": "top", "text-margin-y": -4 } },
       { selector: ".far", style: { opacity: 0.12 } },
       { selector: "node:selected", style: { "border-width": 4, "border-color": colour("--link") } },
       { selector: "edge:selected", style: { width: 6 } },
@@ -495,8 +506,11 @@
 
   function arrange() {
     const chart = state.chart, name = parts.arrange.value;
-    if (name === "layers") chart.layout({ name: "preset", positions: (node) => layerPositions(chart)[node.id()], fit: true, padding: 40 }).run();
-    else if (name === "force") {
+    chart.nodes().removeClass("raised");
+    if (name === "layers") {
+      const positions = layerPositions(chart);
+      chart.layout({ name: "preset", positions: (node) => positions[node.id()], fit: true, padding: 40 }).run();
+    } else if (name === "force") {
       chart.layout({
         name: "cose", animate: false, randomize: true, fit: true, padding: 40, nodeRepulsion: () => 9000, idealEdgeLength: () => 90, nodeDimensionsIncludeLabels: true,
         numIter: chart.nodes().length > 150 ? 400 : 1000,
@@ -506,8 +520,6 @@
 
   /** Rows by layer, the input below; within a row nodes stand by the mean place of what they are joined to. */
   function layerPositions(chart) {
-    const cached = layerPositions.cached;
-    if (cached && cached.chart === chart && cached.n === chart.nodes().length) return cached.positions;
     const height = (node) => {
       const { properties, label } = node.data();
       if (label !== "Feature") return -2;
@@ -531,13 +543,17 @@
         rows.get(at).forEach((node, i) => { x[node.id()] = i - (rows.get(at).length - 1) / 2; });
       }
     }
-    const widest = Math.max(...[...rows.values()].map((row) => row.length));
+    // steps that fill the canvas, so that names are read without zooming as long as there are not too many
+    const widest = Math.max(...[...rows.values()].map((row) => row.length)), bounded = (value, low, high) => Math.min(high, Math.max(low, value));
+    const across = bounded((chart.width() - 100) / widest, 46, 150), down = bounded((chart.height() - 120) / heights.length, 84, 150);
     const positions = {};
-    heights.forEach((at, i) => rows.get(at).forEach((node) => {
-      const spread = Math.min(3, widest / rows.get(at).length) ** 0.5; // narrow rows are spread a little
-      positions[node.id()] = { x: 95 * spread * x[node.id()], y: -130 * i };
-    }));
-    layerPositions.cached = { chart, n: chart.nodes().length, positions };
+    heights.forEach((at, i) => {
+      const step = Math.min(170, across * Math.min(3, widest / rows.get(at).length) ** 0.6); // narrow rows are spread a little
+      rows.get(at).forEach((node, j) => {
+        positions[node.id()] = { x: step * x[node.id()], y: -down * i };
+        node.toggleClass("raised", step < 100 && j % 2 === 1); // names of neighbours above and below in turn
+      });
+    });
     return positions;
   }
 
@@ -607,4 +623,9 @@
   }
 
   window.featlas.addTab("Cypher", render);
+  // the other sections begin with the overview: where it cannot be had, queries still can
+  window.featlas.atlas.get("overview").catch(async (error) => {
+    await window.featlas.start();
+    if (parts.error) fail(error);
+  });
 })();

@@ -1,15 +1,14 @@
 """The page of `featlas serve`: that of the report, with its scripts apart and what is only alive added to it."""
 
 import hashlib
+import html
 from collections.abc import Mapping
 from functools import cache
-from html import escape
 from pathlib import Path
 from string import Template
 
-_FOLDER = Path(__file__).parent
-BEFORE = ("vendor/cytoscape.min.js", "page.js", "graph.js")
-AFTER = ("vendor/codemirror.min.js", "cypher.js")
+LIBRARY = "vendor/cytoscape.min.js"
+ONLY_ALIVE = ("vendor/codemirror.min.js", "cypher.js")
 _ALIVE = "window.featlasServer = { alive: true };\n"
 # The token is in the address that was opened: it goes out of the address bar, and with it out of the history, once the cookie is set.
 _FORGET = """(() => {
@@ -25,19 +24,20 @@ _FORGET = """(() => {
 def scripts() -> Mapping[str, str]:
     """The page's scripts by name, in the order that they run in."""
     from ..analysis.plots import plotly_script
+    from .document import SCRIPTS, asset
 
-    own = sorted(file.name for file in _FOLDER.glob("*.js") if file.name not in (*BEFORE, *AFTER))
-    read = {Path(name).name: (_FOLDER / name).read_text(encoding="utf-8") for name in (*BEFORE, *own, *AFTER)}
-    return {"alive.js": _FORGET + _ALIVE, "plotly.min.js": plotly_script(), **read, "start.js": "window.featlas.start();\n"}
+    read = {Path(name).name: asset(name) for name in (*SCRIPTS, *ONLY_ALIVE)}
+    return {"alive.js": _FORGET + _ALIVE, "cytoscape.min.js": asset(LIBRARY), "plotly.min.js": plotly_script(), **read}
 
 
 @cache
 def live_page(title: str = "featlas") -> str:
     """The page's HTML: no script stands in it, each is asked for by name and by what it holds."""
-    template = Template((_FOLDER / "page.html").read_text(encoding="utf-8"))
-    style = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "cypher.css"))
+    from .document import asset
+
     tags = "\n".join(f'<script src="scripts/{name}?v={_mark(text)}"></script>' for name, text in scripts().items())
-    return template.substitute(policy="", title=escape(title), style=style, data="", scripts=tags)
+    style = asset("page.css") + asset("cypher.css")
+    return Template(asset("page.html")).substitute(policy="", title=html.escape(title), style=style, data="", scripts=tags)
 
 
 def _mark(text: str) -> str:
