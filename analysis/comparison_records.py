@@ -82,7 +82,7 @@ def against(value: float | None, draws: ArrayLike, *, greater: bool = True, test
     sign = 1.0 if greater else -1.0
     spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
     # draws that are all the same to rounding have no spread to count in
-    z = sign * (value - float(found.mean())) / spread if spread > 1e-12 * max(1.0, abs(value)) else None
+    z = float(sign * (value - found.mean()) / spread) if spread > 1e-12 * max(1.0, abs(value)) else None
     towards = sign if tested == ALIKE else -sign
     p = float(1 + (towards * found >= towards * value - 1e-12 * abs(value)).sum()) / (1 + len(found))
     return Against(float(found.mean()), float(low), float(high), z, p)

@@ -6,7 +6,8 @@
 3. Each block has n_a of A's N_a live features and n_b of B's N_b. With the shares s = n / N it is shared by 2·min(s_a, s_b) / (s_a + s_b): 1 where
    both models have the same part of their features in it, 0 where only one has any.
 4. The null: B's segments moved on against A's by a random number of whole sequences, so that correlations inside each model stay and those between
-   them are chance; the moved matrix is put into as many blocks by the same method. Blocks, largest first, are held against those of their rank.
+   them are chance; the moved matrix is put into blocks by the same method and rule. (As many blocks as were found would be too few for groups that
+   are no longer common, and would join them by force.) Blocks, largest first, are held against those of their rank.
 """
 
 import hashlib
@@ -25,7 +26,6 @@ from ..queries.samples import SiteSamples
 from .comparison_records import JOINT_BLOCKS, JOINT_MEMBERS, Comparison, FloatArray, IntArray, Values, together
 from .correlations import Correlation, correlation, live_features
 from .finding import FindingOptions, find_partition, usual
-from .levels import Rule
 from .parcellation import SitePartition
 from .partitioning import ami
 
@@ -109,11 +109,11 @@ def partition_jointly(
     labels_a, labels_b = labels[live[0]], labels[a.d_sae + live[1]]
     n_blocks = int(labels.max()) + 1
     nulls, by_rank = [], []
-    given = replace(options, rule=Rule.GIVEN, n_blocks=n_blocks, blocks_of=None, nulls=0)
+    again = replace(options, nulls=0)
     for i in range(draws if n_blocks > 1 else 0):
         progress(f"{both.site}: text moved, {i + 1} of {draws}")
         # what is live is so in each half; text moved by whole sequences may leave features of another half out
-        of_null = find_partition(joined(a, moved(b, options.seed + i)), given).labels_of()
+        of_null = find_partition(joined(a, moved(b, options.seed + i)), again).labels_of()
         parts = of_null[live[0]], of_null[a.d_sae + live[1]]
         parts = tuple(part[part >= 0] for part in parts)
         most = max(int(part.max(initial=0)) for part in parts) + 1

@@ -46,14 +46,14 @@ def with_run(line: str, atlas: Path) -> str:
     group, name = line.split()[1:3]
     if group not in ("analyze", "explain", "query", "report", "plot") and "RUN" not in line:
         return line
-    if name in ("selectivity", "heads", "vision", "rois", "match"):  # which measure on their own, or read samples
+    if name in ("selectivity", "heads", "vision", "rois", "match", "joint"):  # which measure on their own, or read samples
         return line
     with open_graph(atlas, read_only=True) as graph:
         runs = list_runs(graph)
     # Of a mixture's parts only a run of a mixture can tell; what is plotted is that of the run that was put to the test before.
     key = next(run.key for run in runs if name != "mixture" or "+" in run.task)
     takes_run = group == "query" and not name.startswith("-") and any(p.name == "run" for p in load_query(name).parameters)
-    return line.replace("RUN", key) + (f" --param run={key}" if takes_run else "" if group in ("query", "ingest") else f" --run {key}")
+    return line.replace("RUN", key) + (f" --param run={key}" if takes_run else "" if group in ("query", "ingest", "compare") else f" --run {key}")
 
 
 @pytest.fixture
