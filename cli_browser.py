@@ -71,6 +71,8 @@ def neo4j_browser_command(
 
 def _say(files: "BrowserFiles", own: "ServerInfo | None", drawn: dict[str, int]) -> None:
     """Where everything is and how it is loaded."""
+    from .queries.neo4j_browser import ONLY_ASKED
+
     for key, n_edges in drawn.items():
         console.say(f"drawn: {n_edges} edges of circuit {key}; {files.queries[-1].name} shows them")
     console.say(f"wrote {files.folder}")
@@ -84,6 +86,7 @@ def _say(files: "BrowserFiles", own: "ServerInfo | None", drawn: dict[str, int])
             ("queries/", "the questions, a file each", "paste one into the editor"),
         ],
     )
+    console.say(f"so that only the edges asked for are drawn: {ONLY_ASKED}")
     if own is not None:
         console.say(f"the Browser is {own.http_url}/browser/")
 

@@ -3,7 +3,7 @@
 1. `read_attribution_graph` reads each file (`model/attribution_graphs.py` says what becomes of which node).
 2. `_plan`: the files of one model and its dictionaries are one run, each of them one of its sequences; everything has a key made of content.
 3. Nodes and the run are merged, each file's links are committed with its mark, in one transaction.
-4. `finish_run` derives `INFLUENCES`: means over the files, a link that a file lacks counting 0.
+4. `close_run` derives `INFLUENCES`: means over the files, a link that a file lacks counting 0.
 
 Done again nothing changes: files that are in are passed over.
 """
@@ -24,6 +24,7 @@ from ..queries import runs
 from ..queries.known import known_keys
 from ..queries.schema import feature_key, output_key
 from ..queries.store import GraphStore, SequenceCommit
+from .closing import close_run
 
 METHOD = "circuit-tracer"
 REVISION = "circuit-tracer"  # of a model that a file names without a revision
@@ -90,8 +91,6 @@ def import_attribution_graphs(
 
     Raises `NotAnAttributionGraph`, `BadAttributionGraph`, `DifferentModels` or `SameSequence` before anything is written.
     """
-    from .pipeline import finish_run
-
     plan = _plan([read_attribution_graph(path) for path in paths], options or ImportOptions())
     features = pl.concat([file.features for file in plan.files]).unique("key", keep="first", maintain_order=True)
     n_edges = sum(file.edges.height for file in plan.files)
@@ -106,7 +105,7 @@ def import_attribution_graphs(
         store.commit_sequences([SequenceCommit(plan.run, file.sequence, file.edges)])
         if progress is not None:
             progress(number + 1, len(new), file.graph.slug)
-    n_influences = finish_run(store, plan.run)
+    n_influences = close_run(store, plan.run)
     return ImportSummary(plan.run, plan.model, len(plan.files), len(new), features.height, n_edges, n_influences)
 
 

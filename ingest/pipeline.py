@@ -25,7 +25,7 @@ from typing import Any
 import polars as pl
 import torch
 
-from ..errors import FeatlasError, UserError
+from ..errors import FeatlasError
 from ..model.baselines import NodeMoments
 from ..model.beginning import adds_beginning, with_beginning
 from ..model.binding import Binding, bind
@@ -37,11 +37,12 @@ from ..model.targets import FeatureTarget, LogitTarget, Target, parse_target, ta
 from ..model.tasks import Pair, PairBatch, Refusal, batches, load_task
 from ..queries import runs
 from ..queries.labels import restore_labels
-from ..queries.runs import aggregate
+from ..queries.runs import aggregate as aggregate
 from ..queries.schema import output_key
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore, SequenceCommit, open_graph
 from .budget import sequence_bytes
+from .closing import NothingToDo, close_run
 from .cost import Cost, expected_cost
 from .effective import Baseline, EdgeBlock, EdgeSettings, Tally, attribute, prepare
 from .nodes import site_nodes
@@ -58,10 +59,6 @@ EDGES_PER_BLOCK = 250_000
 
 MOST_SEQUENCES = 8
 """Sequences in a batch at most, unless asked for more: the engine's products are large enough by then."""
-
-
-class NothingToDo(UserError):
-    """No sequence was left to run on."""
 
 
 class WriterFailed(FeatlasError):
@@ -478,24 +475,8 @@ class _NodeTable:
 
 
 def finish_run(store: GraphStore, run: str) -> int:
-    """Derive `INFLUENCES` from the run's committed edges; closes the run if all its planned sequences are done.
-
-    Returns the number of aggregated edges.
-
-    Positions are summed within each sequence first; mean and variance (population) are over all done sequences, an
-    absent edge counting 0. Edges that fell under the threshold or the limit of a sequence count 0 there too, so that
-    means of weak edges are biased towards 0. Edges are read and written in blocks, so that memory is bounded. Idempotent.
-    """
-    n_done = len(runs.done_sequences(store, run))
-    if n_done == 0:
-        raise NothingToDo(f"run {run!r} has no finished sequence in this graph: see `featlas query runs`")
-    n_influences = 0
-    for edges in runs.edge_blocks(store, run, EDGES_PER_BLOCK):
-        influences = aggregate(edges, n_done).with_columns(run=pl.lit(run))
-        store.merge_edges("INFLUENCES", influences)
-        n_influences += len(influences)
-    runs.record_counts(store, run, n_sequences=n_done)
-    return n_influences
+    """Derive `INFLUENCES` from the run's committed edges, as `close_run` does; returns their number."""
+    return close_run(store, run, EDGES_PER_BLOCK)
 
 
 def _write_manifest(plan: _Plan, summary: RunSummary | None) -> None:

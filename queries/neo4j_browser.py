@@ -33,6 +33,8 @@ KINDS = {"resid": "Residual", "attn": "Attention", "mlp": "Mlp", "embed": "Embed
 """Label of features by what their site holds; error nodes are `Error`, outputs `Output`."""
 _HUES = {"Residual": 217, "Attention": 271, "Mlp": 142, "Embedding": 200}  # degrees
 WIDTHS = (1, 2, 5, 9, 15)  # pixels of an edge, by its strength
+ONLY_ASKED = ":config autoComplete: false"
+"""The Browser's command after which it draws only the edges that a query returns."""
 _RAISING, _LOWERING = "#2563EB", "#DC2626"
 _NODE = {"diameter": "60px", "border-width": "2px", "font-size": "10px"}
 
@@ -236,7 +238,9 @@ def guide() -> str:
         '<slide class="row-fluid"><div class="col-sm-12"><h3>A graph of features</h3><p>Features of a network, and how they drive each other. '
         "Each of the following pages asks one question; click its Cypher to put it into the editor, and run it there.</p>"
         "<p>Blue nodes are features of the residual stream, violet of attention, green of MLPs; the darker, the later the layer. "
-        "Grey nodes are error nodes, what a dictionary misses. The output is yellow.</p></div></slide>"
+        "Grey nodes are error nodes, what a dictionary misses. The output is yellow.</p>"
+        "<p>The Browser adds every edge between the nodes that it shows, which hides the ones asked for. This turns that off:</p>"
+        f'<figure><pre class="pre-scrollable code runnable">{ONLY_ASKED}</pre></figure></div></slide>'
     ]
     slides += [
         f'<slide class="row-fluid"><div class="col-sm-12"><h3>{escape(question.title)}</h3><p>{escape(question.about)}</p>'
