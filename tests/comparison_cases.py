@@ -15,7 +15,8 @@ def layered(seed: int = 0, *, sizes: tuple[int, ...] = (6, 6, 6), density: float
         rows.append((f"{model}|-|y|logit_diff", "y", -1, "output", -1, len(sizes) + 1))
     nodes = pl.DataFrame(rows, schema=["key", "site", "layer", "kind", "index", "order"], orient="row")
     order = nodes["order"].to_numpy()
-    source, target = np.nonzero((order[None] == order[:, None] + 1) & ((rng.random((len(rows),) * 2) < density) | (nodes["kind"] == "output").to_numpy()))
+    drawn = (rng.random((len(rows), len(rows))) < density) | (nodes["kind"] == "output").to_numpy()
+    source, target = np.nonzero((order[None] == order[:, None] + 1) & drawn)
     strength = rng.permutation(len(source)) + 1.0
     weight = strength * rng.choice([-1.0, 1.0], len(source))
     side = GraphSide(f"graph {seed}", f"run{seed}", model, nodes, source, target, weight, strength, ("resid_0",))

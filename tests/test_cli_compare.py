@@ -53,7 +53,7 @@ def test_two_tasks_of_a_run_as_json_and_nothing_is_kept_without_write(featlas, t
     )
     assert code == 0, err
     found = json.loads(out)
-    assert found["a"].startswith("task even") and found["b"].startswith("task odd")
+    assert [found[side].split(" of ")[0] for side in "ab"] == ["task even", "task odd"]
     row = next(row for row in found["values"] if row["quantity"] == "Jaccard" and row["part"] == "edges")
     assert 0 < row["value"] <= 1
     assert {"null", "null_mean", "z", "p"} <= set(row)

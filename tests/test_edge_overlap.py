@@ -1,5 +1,7 @@
 """Edges that two graphs share: hand-worked numbers, a count edge by edge, planted equality, and the nulls."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -20,7 +22,7 @@ from featlas.analysis.edge_overlap import (
 from featlas.analysis.graph_sides import BadMatching, Edges, one_to_one, pair_nodes
 from scipy.stats import kendalltau, spearmanr
 
-from .comparison_cases import layered, renamed
+from .comparison_cases import layered, renamed, without_isolated
 
 
 def edges(*rows: tuple[int, int, float]) -> Edges:
@@ -124,11 +126,8 @@ def test_a_node_that_one_graph_lacks_counts_as_edges_that_it_lacks_and_unmatched
     side = layered(6, sizes=(5, 5), density=0.9)
     fewer = layered(6, sizes=(5, 5), density=0.9)
     kept = fewer.source != 0
-    from dataclasses import replace
-
-    from .comparison_cases import without_isolated
-
-    fewer = without_isolated(replace(fewer, source=fewer.source[kept], target=fewer.target[kept], weight=fewer.weight[kept], strength=fewer.strength[kept]))
+    parts = {name: getattr(fewer, name)[kept] for name in ("source", "target", "weight", "strength")}
+    fewer = without_isolated(replace(fewer, **parts))
     values = compare_edges(pair_nodes(side, fewer), draws=0).values
     assert values.filter(quantity="Jaccard")["value"].to_list() == pytest.approx([fewer.m / side.m])
     other, matched = renamed(fewer, 1)

@@ -79,8 +79,8 @@ def test_a_permuted_copy_is_the_same_in_everything(equal) -> None:
     for part, quantity in (
         ("edges", "Jaccard"), ("edges", "weighted Jaccard"), ("edges", "sign agreement"), ("edges", "Kendall, all edges"),
         ("refinement", "fractionally isomorphic"), ("refinement, 4 bins of strength", "fractionally isomorphic"),
-        ("refinement", "matched nodes of one class after 2 rounds"), ("partitions", "regions, AMI"), ("regions", "edges between regions, weighted Jaccard"),
-        ("regions", "fractionally isomorphic"),
+        ("refinement", "matched nodes of one class after 2 rounds"), ("partitions", "regions, AMI"),
+        ("regions", "edges between regions, weighted Jaccard"), ("regions", "fractionally isomorphic"),
     ):  # fmt: skip
         assert one(equal, part, quantity)["value"] == pytest.approx(1), (part, quantity)
     for part, quantity in (

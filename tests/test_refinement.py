@@ -66,10 +66,9 @@ def naive(graph: Coloured) -> list[int]:
     colours = [int(label) for label in graph.labels]
     while True:
         edges = list(zip(graph.source.tolist(), graph.target.tolist(), graph.edge_labels.tolist(), strict=True))
-        seen = [
-            (colours[v], tuple(sorted((0, c, colours[t]) for s, t, c in edges if s == v)), tuple(sorted((1, c, colours[s]) for s, t, c in edges if t == v)))
-            for v in range(graph.n)
-        ]
+        out = [tuple(sorted((c, colours[t]) for s, t, c in edges if s == v)) for v in range(graph.n)]
+        into = [tuple(sorted((c, colours[s]) for s, t, c in edges if t == v)) for v in range(graph.n)]
+        seen = list(zip(colours, out, into, strict=True))
         number = {key: i for i, key in enumerate(sorted(set(seen)))}
         finer = [number[key] for key in seen]
         if len(set(finer)) == len(set(colours)):
