@@ -1,6 +1,7 @@
 # make demo    the whole pipeline on a small real language model; needs Python 3.11 or newer, nothing else
 # make check   lint, types and the tests that need no other program (under 3 minutes)
 # make test    every test, with a real Neo4j, graph-tool and a real browser (under 40 minutes)
+# make docs    the documentation's site, in build/docs; its tutorial runs while it is built (about 3 minutes)
 # make setup   the Python environment and the system's programs that `make test` needs
 # make clean   throw away what was made here, the environment included
 #
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo check test setup python system clean
+.PHONY: help demo check test docs setup python system clean
 
 VENV := .venv
 # inside the environment, so that a deleted environment is made again
@@ -36,6 +37,10 @@ check: python
 test: python system
 	@mkdir -p .make
 	@code=0; $(VENV)/bin/pytest -rs || code=$$?; echo $$code > .make/pytest-exit-code; exit $$code
+
+docs: python
+	$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs build/docs
+	@echo 'wrote build/docs/index.html: open it in any browser'
 
 setup: python system
 

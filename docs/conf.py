@@ -50,11 +50,12 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False}
+autodoc_default_options = {"members": True, "undoc-members": False, "show-inheritance": False, "ignore-module-all": True}
 autosummary_generate = True
 
 _PLOTLY = re.compile(r'<script[^>]*src="https://cdn\.plot\.ly/[^"]*"[^>]*></script>')
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_ITEM = re.compile(r"(\d+\.|-) ")
 
 
 def _inline_math(self: HTML5Translator, node: nodes.math) -> None:
@@ -68,11 +69,22 @@ def _display_math(self: HTML5Translator, node: nodes.math_block) -> None:
 
 
 def _docstrings(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    """Docstrings are plain text with `code`: single backquotes become the doubled ones of reStructuredText, stars are stars."""
-    for i, line in enumerate(lines):
+    """Docstrings are plain text with `code` and lists: made into reStructuredText, in which stars and trailing underscores are plain."""
+    made: list[str] = []
+    for line in lines:
+        in_list = bool(made) and (_ITEM.match(made[-1]) or made[-1].startswith(" "))
+        if _ITEM.match(line) and made and made[-1].strip() and not in_list:
+            made.append("")
         parts = _CODE.split(line)
-        lines[i] = "".join(f"``{part}``" if place % 2 else re.sub(r"([*|])", r"\\\1", re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part))
-                           for place, part in enumerate(parts))  # fmt: skip
+        marked = [_marked(part, code=place % 2 == 1) for place, part in enumerate(parts)]
+        # `Block`s: markup must end where a word does
+        made.append("".join(text + ("\\ " if place % 2 and parts[place + 1][:1].isalnum() else "") for place, text in enumerate(marked)))
+    lines[:] = made
+
+
+def _marked(part: str, *, code: bool) -> str:
+    """A piece of a line: code in doubled backquotes, or text without what would be markup."""
+    return f"``{part}``" if code else re.sub(r"([*|])", r"\\\1", re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part))
 
 
 def _own_plotly(app: Sphinx, error: Exception | None) -> None:
