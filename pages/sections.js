@@ -10,7 +10,7 @@
     const select = el("select", { onchange: () => change(select.value) }, options.map(([value, text]) => el("option", { value, selected: value === chosen }, text)));
     return options.length > 1 ? el("label", {}, label, select) : null;
   };
-  const fresh = (changes) => ({ tab: null, run: null, circuit: null, sequence: null, task: null, partition: null, block: null, subject: null, baseline: null, matching: null, comparison: null, ...changes });
+  const fresh = (changes) => ({ tab: null, run: null, circuit: null, sequence: null, task: null, partition: null, block: null, subject: null, baseline: null, matching: null, comparison: null, edges: null, least: null, by: null, threshold: null, ...changes });
   const nodeButton = (node, text) => el("button", { type: "button", class: `node ${node.kind || ""}`, onclick: () => showFeature(node.key) }, shown(text ?? node.name ?? node.key).slice(0, 44), el("small", {}, node.site));
 
   // --- overview --------------------------------------------------------------------------------------------------------
@@ -88,9 +88,10 @@
     const sequence = now.sequence ? run.sequences.find((s) => s.key === now.sequence) : null;
     if (sequence) element.append(el("p", {}, el("span", { class: "soft" }, "clean "), sequence.clean, el("b", {}, sequence.answer), el("span", { class: "soft" }, "   corrupted "), sequence.corrupt, el("span", { class: "soft" }, `   ${run.metric} ${signed(sequence.metric_clean)} clean, ${signed(sequence.metric_corrupt)} corrupted`)));
 
-    const parameters = now.circuit ? { circuit: named ? named.key : now.circuit } : { run: key, sequence: now.sequence, task: now.task };
+    const parameters = now.circuit ? { circuit: named ? named.key : now.circuit } : { run: key, sequence: now.sequence, task: now.task, ...(atlas.alive ? { edges: now.edges, threshold: now.least, by: now.by } : {}) };
     const page = await stored(parameters);
     let drawing = null;
+    if (atlas.alive && !now.circuit) element.append(cutAnew(now));
     if (page.error) element.append(el("p", { class: "warn" }, page.error.message));
     else drawing = circuitView(element, page, now);
     const rest = el("div", {});
@@ -103,7 +104,23 @@
     return { shown: () => drawing && drawing.resize() };
   };
 
+  // Only where a server cuts: other edges than those that the slider chooses among.
+  const cutAnew = (now) => {
+    const edges = el("input", { type: "number", min: 1, max: 20000, step: 1, id: "cut-edges", value: now.edges || (now.least ? "" : 5000), style: { width: "92px" } });
+    const least = el("input", { type: "number", min: 0, step: "any", id: "cut-least", value: now.least || "", style: { width: "104px" } });
+    const by = el("select", { id: "cut-by" }, [["abs_weight", "mean of |effect|"], ["weight", "|mean effect|"]].map(([value, text]) => el("option", { value, selected: (now.by || "abs_weight") === value }, text)));
+    const cut = (changes) => go({ edges: edges.value || null, least: least.value || null, by: by.value, threshold: null, ...changes });
+    edges.addEventListener("change", () => cut({ least: null }));
+    least.addEventListener("change", () => cut(least.value ? { edges: null } : {}));
+    by.addEventListener("change", () => cut({}));
+    return el("div", { class: "row", id: "cut" }, el("span", { class: "soft small" }, "Cut anew from all edges:"), el("label", {}, "the strongest", edges), el("label", {}, "or all of at least", least), el("label", {}, "by", by));
+  };
+
   const circuitView = (element, page, now) => {
+    if (!page.edges.length) {
+      element.append(el("p", { class: "warn" }, `No way leads from an input to the output along these ${number(page.settings.n_candidates)} edges.`));
+      return null;
+    }
     const strengths = page.edges.map((edge) => edge[3]).filter((value) => value > 0).sort((a, b) => b - a);
     const strongest = strengths[0] || 1, weakest = strengths[strengths.length - 1] || strongest;
     const first = now.threshold ? Number(now.threshold) : page.settings.circuit || strengths.length <= START ? weakest : strengths[START - 1];
