@@ -83,7 +83,8 @@ def test_json_of_commands_that_had_none(featlas: Run, tmp_path: Path) -> None:
 
 
 def test_quiet_keeps_results_and_mistakes(featlas: Run, tiny: TinyAtlas, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("query", "--cypher", "MATCH (f:Feature) WHERE f.key = $feature RETURN f.key AS key", "--param", "feature=nope", "--atlas", tiny.atlas, "--json")
+    cypher = "MATCH (f:Feature) WHERE f.key = $feature RETURN f.key AS key"
+    asked = ("query", "--cypher", cypher, "--param", "feature=nope", "--atlas", tiny.atlas, "--json")
     loud = featlas(*asked)
     assert "feature=nope" in loud[2]
     with mock.patch.dict(os.environ):
