@@ -4,7 +4,8 @@ Every rule gives rows `RULED`: a short label, the evidence in words, and a confi
 
 1. `tokens`: the tokens at which it is active, by their share of its activation. confidence = that share · n / (n + 2), n being how often it fires.
 2. `class`: the class of those tokens (numbers, punctuation, capitalised words, pronouns, …), or their place in the text, where at least half of its
-   activation is there and chance does not explain it: confidence = (share − s₀) / (1 − s₀) · n / (n + 2), s₀ the class' share of all tokens.
+   activation is there and chance does not explain it: confidence = (share − s₀) / (1 − s₀) · n / (n + 2), s₀ the class' share of all tokens. Of
+   several such classes the most telling, by share · ln(share / s₀).
 3. `decoder`: the tokens that its direction promotes, by the logit lens. confidence = z / √(2 ln V) − 1, clipped: 0 where the first token stands out
    no more than the largest of V random values, 1 at twice that.
 4. `task`: the task that it serves, by its share of what is sent in each sequence of all runs. confidence = (share − 1/T) / (1 − 1/T) · n / (n + 2)
@@ -213,9 +214,10 @@ def class_rule(found: Occurrences) -> pl.DataFrame:
     n = np.diff(found.values.tocsc().indptr)  # how often each is active
     base = member.mean(axis=0) if found.whole else np.asarray(found.values.sum(axis=1)).ravel() @ member / max(total.sum(), 1e-300)
     beyond = (share - base) / np.maximum(1 - base, 1e-9) * (n / (n + 2))[:, None]
-    beyond[(share < CLASS_SHARE) | (share < 1.5 * base)] = -1.0
-    best = beyond.argmax(axis=1)
-    chosen = np.flatnonzero(beyond[np.arange(len(best)), best] > 0)
+    telling = share * np.log(np.maximum(share, 1e-9) / np.maximum(base, 1e-9))
+    telling[(share < CLASS_SHARE) | (share < 1.5 * base) | (beyond <= 0)] = -1.0
+    best = telling.argmax(axis=1)
+    chosen = np.flatnonzero(telling[np.arange(len(best)), best] > 0)
     name = [CLASSES[i] for i in best[chosen]]
     rows = pl.DataFrame(
         {
@@ -427,9 +429,14 @@ def summaries(parts: pl.DataFrame) -> pl.DataFrame:
     cut = pl.when(whole.str.len_chars() > SUMMARY_WIDTH).then(whole.str.head(SUMMARY_WIDTH - 1) + "…").otherwise(whole)
     by_class = sure(Rule.CLASS) > sure(Rule.TOKENS)
     rest = (Rule.TOKENS, Rule.REGION, Rule.PLACE, Rule.DECODER, Rule.TASK)
-    stands_on = lambda value: pl.when(firing.is_not_null() & by_class).then(pl.col(f"{value}_{Rule.CLASS}")).otherwise(
-        pl.coalesce(*(pl.when(label(rule).is_not_null()).then(pl.col(f"{value}_{rule}")) for rule in rest))
-    )  # fmt: skip
+
+    def stands_on(value: str) -> pl.Expr:
+        """The `value` of the first part; a chain, since a confidence may be null."""
+        chain = pl.when(firing.is_not_null() & by_class).then(pl.col(f"{value}_{Rule.CLASS}"))
+        for rule in rest:
+            chain = chain.when(label(rule).is_not_null()).then(pl.col(f"{value}_{rule}"))  # type: ignore[assignment]
+        return chain
+
     found = wide.select("key", label=cut, evidence=stands_on("evidence"), confidence=stands_on("confidence"), source=_rules_of(wide))
     return found.drop_nulls("label")
 
