@@ -123,7 +123,7 @@ def _sides(ours: Named, theirs: Named, how: tuple[str, str, str], *, one_at_a_ti
 
     device, dtype, bos = how
     named = [{"model": side[0], "dictionaries": side[1]} for side in (ours, theirs)]
-    load = lambda side: load_named(*side, device, dtype, bos)
+    load = lambda side: load_named(side[0], side[1], side[2], device, dtype, bos)
     if ours[0] != theirs[0]:
         if one_at_a_time:
             return Side.later(lambda: load(ours), named[0]), Side.later(lambda: load(theirs), named[1])

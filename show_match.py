@@ -5,6 +5,7 @@ import polars as pl
 from . import console
 from .analysis.matching import Matching, correspondence
 from .analysis.matching_plots import short_model, side_names
+from .analysis.notes import readable
 from .queries.matches import Aligned
 
 WIDEST = 10
@@ -61,7 +62,8 @@ def show_matching(matching: Matching, contexts: pl.DataFrame, *, known: bool) ->
     if contexts.height:
         console.heading("Best pairs over all sites, one for each text, and where both are strongest")
         rows = contexts.select("site_a", "feature_a", "site_b", "feature_b", "score", "texts").iter_rows()
-        console.table(("A", "B", "r", "both strongest at"), [(f"{a}/{i}", f"{b}/{j}", f"{r:.3f}", texts) for a, i, b, j, r, texts in rows])
+        said = lambda texts: " · ".join(readable(text) for text in texts)
+        console.table(("A", "B", "r", "both strongest at"), [(f"{a}/{i}", f"{b}/{j}", f"{r:.3f}", said(texts)) for a, i, b, j, r, texts in rows])
 
 
 def _show_correspondence(sites: pl.DataFrame) -> None:

@@ -203,15 +203,15 @@ def correlation_blocks(a: LiveSite, b: LiveSite, memory: int) -> Iterator[tuple[
 
 
 class Strongest(NamedTuple):
-    """Of each feature of one side the best of the other, best first: index (n, k), −1 where there are fewer, and score (n, k), −inf there."""
+    """Of each feature of one side the best of the other, best first: other (n, k), −1 where there are fewer, and score (n, k), −inf there."""
 
-    index: IntArray
+    other: IntArray
     score: FloatArray
 
     @property
     def best(self) -> IntArray:
         """The very best, (n,)."""
-        return self.index[:, 0]
+        return self.other[:, 0]
 
 
 def _rank(score: FloatArray, absolute: bool) -> FloatArray:
@@ -224,7 +224,7 @@ def _top(score: FloatArray, index: IntArray, k: int, absolute: bool) -> Stronges
     rank = _rank(score, absolute)
     if rank.shape[1] > k:
         kept = np.argmax(rank, axis=1)[:, None] if k == 1 else np.argpartition(-rank, k - 1, axis=1)[:, :k]
-        rank, score, index = (np.take_along_axis(part, kept, axis=1) for part in (rank, score, index))
+        rank, score, index = np.take_along_axis(rank, kept, 1), np.take_along_axis(score, kept, 1), np.take_along_axis(index, kept, 1)
     order = np.lexsort((index, -rank), axis=1)
     return Strongest(np.take_along_axis(index, order, axis=1), np.take_along_axis(score, order, axis=1))
 
@@ -236,8 +236,8 @@ def strongest(a: LiveSite, b: LiveSite, k: int, memory: int, *, absolute: bool =
     for start, r in correlation_blocks(a, b, memory):
         of_a.append(_top(r, np.broadcast_to(np.arange(b.n), r.shape), k, absolute))
         own = _top(np.ascontiguousarray(r.T), np.broadcast_to(np.arange(start, start + len(r)), r.T.shape), k, absolute)
-        of_b = _top(np.hstack([of_b.score, own.score]), np.hstack([of_b.index, own.index]), k, absolute)
-    return Strongest(np.concatenate([part.index for part in of_a]), np.concatenate([part.score for part in of_a])), of_b
+        of_b = _top(np.hstack([of_b.score, own.score]), np.hstack([of_b.other, own.other]), k, absolute)
+    return Strongest(np.concatenate([part.other for part in of_a]), np.concatenate([part.score for part in of_a])), of_b
 
 
 # -- 3. Pairs ------------------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def assign(of_a: Strongest, of_b: Strongest, *, absolute: bool = False) -> Pairs
     It is the optimum over all pairs where k is as large as the smaller side, and may miss some of it else. The sparse Jonker-Volgenant algorithm,
     in which each feature of A may also go to a place of its own, worth 0.
     """
-    n_a, n_b = len(of_a.index), len(of_b.index)
-    rows = np.concatenate([np.repeat(np.arange(n_a), of_a.index.shape[1]), of_b.index.ravel()])
-    columns = np.concatenate([of_a.index.ravel(), np.repeat(np.arange(n_b), of_b.index.shape[1])])
+    n_a, n_b = len(of_a.other), len(of_b.other)
+    rows = np.concatenate([np.repeat(np.arange(n_a), of_a.other.shape[1]), of_b.other.ravel()])
+    columns = np.concatenate([of_a.other.ravel(), np.repeat(np.arange(n_b), of_b.other.shape[1])])
     score = np.concatenate([of_a.score.ravel(), of_b.score.ravel()])
     rank = _rank(score, absolute)
     kept = (rows >= 0) & (columns >= 0) & (rank > 0)
@@ -352,7 +352,7 @@ def match(aligned: Aligned, options: MatchOptions | None = None, *, progress: Re
             raise NothingToMatch(f"no feature of {model} is active on {options.min_active} of {aligned.n_segments} segments: give more text")
     first = aligned.a.site(aligned.a.site_names[0])
     random = np.random.default_rng(options.seed)
-    draws = [null_rows(first.sequence, first.group, Null(options.null), random) for _ in range(options.draws)]
+    draws = [null_rows(first.sequence, first.group, options.null or Null.SEQUENCES, random) for _ in range(options.draws)]
     found: dict[tuple[str, str], _PairOfSites] = {}
     for one in aligned.a.site_names:
         for other in aligned.b.site_names:
@@ -417,7 +417,7 @@ def _search(of_a: Strongest, of_b: Strongest, null: Sequence[tuple[Strongest, St
 
 def _merged(parts: Sequence[Strongest], offsets: Sequence[int], k: int, absolute: bool) -> Strongest:
     """The best over several sites of the other side, counted over all of them: `offsets` says where each begins."""
-    index = np.hstack([np.where(part.index >= 0, part.index + offset, -1) for part, offset in zip(parts, offsets)])
+    index = np.hstack([np.where(part.other >= 0, part.other + offset, -1) for part, offset in zip(parts, offsets)])
     return _top(np.hstack([part.score for part in parts]), index, k, absolute)
 
 
@@ -435,9 +435,9 @@ def _over_all(
 
 def _stacked(parts: Sequence[Strongest]) -> Strongest:
     """Sites below each other; those that have fewer columns are filled up."""
-    width = max(part.index.shape[1] for part in parts)
+    width = max(part.other.shape[1] for part in parts)
     filled = lambda array, value: np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=value)
-    return Strongest(np.concatenate([filled(p.index, -1) for p in parts]), np.concatenate([filled(p.score, -np.inf) for p in parts]))
+    return Strongest(np.concatenate([filled(p.other, -1) for p in parts]), np.concatenate([filled(p.score, -np.inf) for p in parts]))
 
 
 def _matching(
@@ -614,7 +614,7 @@ def shared_contexts(aligned: Aligned, matching: Matching, n: int, *, texts: int 
             order = np.argsort(-both[:, place], kind="stable")
             strong = segments[order[both[order, place] > 0][: 40 * texts]]
             found[source, own["target"][place]] = strong.unique(maintain_order=True).head(texts).to_list()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in best.iter_rows(named=True):
         told = found[row["source"], row["target"]]
         if tuple(told[:1]) not in seen and len(rows) < n:

@@ -6,7 +6,7 @@
 """
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def short_model(key: str) -> str:
 
 def side_names(matching: Matching) -> tuple[str, str]:
     """What the two sides are called: the model, and with it the dictionaries that a user named."""
-    named = matching.settings.get("named") or ({}, {})
+    named: Sequence[Mapping[str, str]] = matching.settings.get("named") or ({}, {})
     own = [f" ({Path(one['dictionaries']).name})" if one.get("dictionaries") else "" for one in named]
     return short_model(matching.model_a) + own[0], short_model(matching.model_b) + own[1]
 
@@ -106,8 +106,8 @@ def score_figure(matching: Matching, *, title: str = "") -> go.Figure:
                        hovertemplate="r %{text}<extra>" + name + "</extra>")  # fmt: skip
     threshold = matching.overall["threshold"]
     if threshold is not None:
-        said = f"r = {threshold:.3f}"
-        figure.add_vline(x=threshold, line={"color": INK, "dash": "dash"}, annotation={"text": said, "font": {"size": 13}}, annotation_position="top")
+        mark = {"text": f"r = {threshold:.3f}", "font": {"size": 13}}
+        figure.add_vline(x=threshold, line={"color": INK, "dash": "dash"}, annotation=mark, annotation_position="top")
     found = f"{matching.overall['n_matched']:,} at or above the threshold" if threshold is not None else "none is more than chance"
     style(figure, title, f"{_models(matching)}: {found}", 430)
     figure.update_layout(barmode="overlay", bargap=0)

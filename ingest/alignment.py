@@ -366,8 +366,7 @@ def aligned_task(name: str, pairs: Sequence[Pair], tokenizers: tuple[Any, Any], 
     if not len(kept):
         raise BadStatisticsOptions(f"--max-segments {options.max_segments} is less than one pair of {sizes[order[0]]} segments: raise it")
     chosen = [(window, own) for i in sorted(kept) for window, own in zip(*found[i]) if len(own)]
-    windows, rows = zip(*chosen)
-    return Windows(name, windows, rows, beginnings, 2 * len(pairs), of_task=True)
+    return Windows(name, tuple(window for window, _ in chosen), tuple(own for _, own in chosen), beginnings, 2 * len(pairs), of_task=True)
 
 
 def _prompt(pair: Pair, part: str, tokenizers: tuple[Any, Any]) -> Window:

@@ -92,7 +92,7 @@ def test_the_strongest_are_those_of_the_whole_matrix(seed: int, n_b: int, k: int
     of_a, of_b = strongest(site(x, dense=True), site(y), k, 8 * 4 * n_b * 3, absolute=absolute)
     for found, whole in ((of_a, r), (of_b, r.T)):
         order = np.argsort(-(np.abs(whole) if absolute else whole), axis=1)[:, :k]
-        assert found.index.tolist() == order.tolist()
+        assert found.other.tolist() == order.tolist()
         np.testing.assert_allclose(found.score, np.take_along_axis(whole, order, axis=1), atol=1e-12)
 
 
