@@ -131,10 +131,13 @@ def _lightness(layer: int, last: int) -> float:
 
 def _colour(hue: float, saturation: float, lightness: float) -> dict[str, str]:
     """Fill, border and a text colour that can be read on it."""
-    rgb = lambda light: "#" + "".join(f"{round(255 * value):02X}" for value in colorsys.hls_to_rgb((hue % 360) / 360, light, saturation))
-    red, green, blue = colorsys.hls_to_rgb((hue % 360) / 360, lightness, saturation)
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.6
-    return {"color": rgb(lightness), "border-color": rgb(lightness * 0.8), "text-color-internal": "#FFFFFF" if dark else "#1E293B"}
+    rgb = lambda light: colorsys.hls_to_rgb((hue % 360) / 360, light, saturation)
+    written = lambda values: "#" + "".join(f"{round(255 * value):02X}" for value in values)
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in rgb(lightness)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    # white has the greater contrast on what is darker than this (WCAG's relative luminance)
+    text = "#FFFFFF" if luminance < 0.2 else "#1E293B"
+    return {"color": written(rgb(lightness)), "border-color": written(rgb(lightness * 0.8)), "text-color-internal": text}
 
 
 def grass(rules: Mapping[str, Mapping[str, str]]) -> str:

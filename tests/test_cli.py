@@ -77,6 +77,7 @@ def test_each_command_has_help(command: tuple[str, ...]) -> None:
 def test_commands_are_those_of_the_design() -> None:
     assert set(all_commands()) == {
         ("demo",), ("doctor",), ("query",), ("report",), ("serve",), ("export",), ("compare",), ("analyze", "joint"), ("neo4j", "import"),
+        ("import", "circuit-tracer"), ("neo4j", "browser"),
         ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"), ("tasks", "bios"), ("tasks", "probe"),
         ("dictionaries", "list"), ("dictionaries", "train"), ("dictionaries", "evaluate"), ("ingest", "edges"), ("ingest", "statistics"),
         ("ingest", "samples"),
