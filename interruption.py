@@ -68,6 +68,12 @@ KEPT: dict[tuple[str, ...], Kept] = {
     ("analyze", "ablate-rois"): _MEASURED,
     ("analyze", "heads"): _MEASURED,
     ("analyze", "vision"): _MEASURED,
+    ("analyze", "match"): _MEASURED,
+    ("analyze", "joint"): _MEASURED,
+    ("compare",): _MEASURED,
+    ("ingest", "aligned"): Kept(None, False, "aligned samples are kept when all are there: nothing was written"),
+    ("series", "measure"): Kept(None, True, "models that are measured stay"),
+    ("series", "train"): Kept(None, False, "a training that was not finished is not kept"),
 }
 """What an interrupt leaves of each command that takes long."""
 
