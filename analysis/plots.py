@@ -123,7 +123,7 @@ def circuit_figure(circuit: Circuit, notes: pl.DataFrame, *, max_edges: int = 15
     drawn = strongest_part(circuit, max_edges)
     drawing = lay_out(drawn)
     nodes = drawing.nodes.join(notes, on="key", how="left", maintain_order="left")
-    figure = go.Figure([*_edge_traces(drawing), *_highlights(), *_node_traces(nodes, circuit, notes), _edge_hovers(drawing, notes)])
+    figure = go.Figure([*_edge_traces(drawing), *_node_traces(nodes, circuit, notes), _edge_hovers(drawing, notes)])
     height = 170 + _ROW_PIXELS * len(drawing.sites)
     n_positions = int(nodes["pos"].to_numpy().max()) + 1
     labels = _labels(nodes, n_positions if drawing.positions else 1)
@@ -132,7 +132,7 @@ def circuit_figure(circuit: Circuit, notes: pl.DataFrame, *, max_edges: int = 15
         font={"family": _FONT, "color": INK, "size": 13}, margin={"l": 84, "r": 24, "t": 84 if title else 48, "b": 74}, plot_bgcolor="white",
         legend={"orientation": "h", "x": 0.5, "xanchor": "center", "y": 1.0, "yanchor": "bottom", "itemsizing": "constant"},
         hoverlabel={"align": "left", "bgcolor": "white", "bordercolor": "#8c959f", "font": {"family": _FONT, "size": 12, "color": INK}},
-        annotations=[*labels, _caption(drawn, circuit)], meta={"edges": _ends_for_script(drawing.edges)},
+        annotations=[*labels, _caption(drawn, circuit)],
     )
     figure.update_yaxes(
         tickvals=list(range(len(drawing.sites))), ticktext=list(drawing.sites), range=[-0.55, len(drawing.sites) - 0.4],
@@ -207,23 +207,6 @@ def _edge_traces(drawing: Drawing) -> list[go.Scatter]:
     for _, colour, name in _SIGNS:
         traces.append(go.Scatter(x=[None], y=[None], mode="lines", line={"color": colour, "width": 4}, name=name, legendgroup=name, hoverinfo="skip"))
     return traces
-
-
-def _highlights() -> list[go.Scatter]:
-    """Two empty traces that the report's script fills with the edges of the node under the mouse."""
-    return [
-        go.Scatter(x=[], y=[], mode="lines", line={"color": colour, "width": 3.2}, hoverinfo="skip", showlegend=False, name=f"highlight {name}")
-        for _, colour, name in _SIGNS
-    ]
-
-
-def _ends_for_script(edges: pl.DataFrame) -> list[list[object]]:
-    """`[x0, y0, x1, y1, source, target, raises]` for each edge, source and target as the nodes' `customdata`."""
-    ends = edges.select(
-        pl.col("x0", "y0", "x1", "y1").round(4), pl.concat_str("source", pl.lit("@"), "src_pos"), pl.concat_str("target", pl.lit("@"), "dest_pos"),
-        pl.col("weight") >= 0,
-    )
-    return [list(row) for row in ends.iter_rows()]
 
 
 def _edge_hovers(drawing: Drawing, notes: pl.DataFrame) -> go.Scatter:

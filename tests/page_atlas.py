@@ -1,5 +1,6 @@
 """An atlas made by hand for the tests of pages: one run whose positions were kept, hostile labels and tokens, statistics, samples, a community."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ MODEL, RUN, STATISTICS = "m@1", "run0123456789", "stat0123456789"
 SITES = ("resid_0", "resid_4", "resid_8")
 LAYERS = (0, 4, 8)
 SEQUENCES = {"seq-a": ["The", " dogs", " near", " <b>it", "</script>"], "seq-b": ["A", " cat", "\u2028", ' "quoted"', " ran"]}
-NAMES = {("resid_0", 0): HOSTILE, ("resid_0", 1): "</script><b>bold", ("resid_4", 0): 'quotes " and \' and \u2028 and ${x}', ("resid_4", 1): "plain name"}
+NAMES = {
+    ("resid_0", 0): HOSTILE, ("resid_0", 1): "</script><b>bold", ("resid_4", 0): 'quotes " and \' and \u2028 and ${x}', ("resid_4", 1): "plain name",
+}  # fmt: skip
 
 
 def key_of(site: str, index: int | str) -> str:
@@ -55,7 +58,7 @@ def _edges(rng: np.random.Generator, per_site: int, density: float) -> pl.DataFr
     position = lambda site, i: 4 if site == "y" else SITES.index(site) + (i % 2 if i != "error" else 0)
     rows = []
     for sequence in SEQUENCES:
-        for below, above in (*zip(SITES, SITES[1:]), (SITES[-1], "y")):
+        for below, above in itertools.pairwise((*SITES, "y")):
             for u in [*range(per_site), "error"]:
                 for v in [*range(per_site), "error"] if above != "y" else [-1]:
                     if rng.random() < density or above == "y":
@@ -74,11 +77,13 @@ def _graph(store: GraphStore, edges: pl.DataFrame, per_site: int) -> None:
     output = {"key": key_of("y", -1), "model": MODEL, "dictionary": "-", "site": "y", "layer": -1, "kind": "output", "index": -1}
     store.merge_nodes("Feature", pl.DataFrame([*nodes, output], infer_schema_length=None))
     store.merge_nodes("Sequence", pl.DataFrame([
-        {"key": key, "task": "kind", "clean": "".join(tokens), "corrupt": "other", "answer": " yes", "wrong_answer": " no"} for key, tokens in SEQUENCES.items()
+        {"key": key, "task": "kind", "clean": "".join(tokens), "corrupt": "other", "answer": " yes", "wrong_answer": " no"}
+        for key, tokens in SEQUENCES.items()
     ]))  # fmt: skip
     store.merge_nodes("Run", pl.DataFrame([{
-        "key": RUN, "model": MODEL, "dictionaries": '{"resid_0": "d", "resid_4": "d", "resid_8": "d"}', "task": "kind", "method": "attribution patching",
-        "steps": 1, "metric": "logit_diff", "baseline": "counterfactual", "threshold": 0.0, "aggregation": "keep", "status": "running", "seed": 0,
+        "key": RUN, "model": MODEL, "dictionaries": '{"resid_0": "d", "resid_4": "d", "resid_8": "d"}', "task": "kind",
+        "method": "attribution patching", "steps": 1, "metric": "logit_diff", "baseline": "counterfactual", "threshold": 0.0,
+        "aggregation": "keep", "status": "running", "seed": 0,
         "n_planned": 2, "settings": '{"roots": ["resid_0"], "batch_size": 1}',
     }]))  # fmt: skip
     for key, own in edges.group_by("sequence", maintain_order=True):
@@ -88,10 +93,12 @@ def _graph(store: GraphStore, edges: pl.DataFrame, per_site: int) -> None:
 def _community(store: GraphStore, per_site: int) -> None:
     """Two communities: the first feature of every site, and all others."""
     shared = {"parcellation": "parts0123", "run": RUN, "model": MODEL, "method": "leiden", "basis": "effective", "site": "", "level": 0}
-    store.merge_nodes("Partition", pl.DataFrame([{**shared, "key": partition_key("parts0123", ""), "n_blocks": 2, "settings": "{}", "notes": '{"modularity": 0.5}'}]))
+    partition = {**shared, "key": partition_key("parts0123", ""), "n_blocks": 2, "settings": "{}", "notes": '{"modularity": 0.5}'}
+    store.merge_nodes("Partition", pl.DataFrame([partition]))
     blocks = [block_key("parts0123", "", "community", 0, i) for i in (0, 1)]
     store.merge_nodes("Block", pl.DataFrame([
-        {**shared, "key": block, "kind": "community", "chosen": True, "index": i, "size": 3 if i else 3 * per_site - 3, "label": f"part {i}"} for i, block in enumerate(blocks)
+        {**shared, "key": block, "kind": "community", "chosen": True, "index": i, "size": 3 if i else 3 * per_site - 3, "label": f"part {i}"}
+        for i, block in enumerate(blocks)
     ]))  # fmt: skip
     members = [(key_of(site, i), blocks[int(i == 0)]) for site in SITES for i in range(per_site)]
     store.merge_edges("MEMBER_OF", pl.DataFrame(members, schema=["source", "target"], orient="row"))
@@ -125,5 +132,6 @@ def _samples(folder: Path, values: dict[str, np.ndarray], per_site: int) -> None
     sequences = pl.DataFrame({"sequence": [0], "key": ["seq-a"], "task": ["kind"], "label": [None], "text": ["".join(SEQUENCES["seq-a"])]})
     run = SampleRun("samples01", MODEL, "activation", "kind", dict.fromkeys(SITES, "d"), 1, 5, {}, sequences)
     rows = np.arange(5)
-    made = [SiteSamples(site, "d", per_site, sparse.csr_matrix(values[site][:5]), np.zeros(5, dtype=np.int64), rows, np.zeros(5, dtype=np.int64)) for site in SITES]
+    one = np.zeros(5, dtype=np.int64)  # all of one sequence, of one group
+    made = [SiteSamples(site, "d", per_site, sparse.csr_matrix(values[site][:5]), one, rows, one) for site in SITES]
     SampleStore(folder).write(run, made, SEQUENCES["seq-a"])

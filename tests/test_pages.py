@@ -16,7 +16,7 @@ from featlas.pages.document import PACKED_FROM, document, embedded
 from featlas.pages.payload import BadPageParameter, UnknownPage, answer, feature_pages
 from featlas.pages.report import NothingToReport, ReportOptions, contents, render
 from featlas.pages.source import PageSource, plain
-from featlas.pages.studies import NoSuchStudy, NoStatistics
+from featlas.pages.studies import NoStatistics, NoSuchStudy
 from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import open_graph
 
@@ -84,7 +84,8 @@ def test_a_circuit_is_what_lies_on_ways_from_input_to_output(source: PageSource,
 
 def test_the_strongest_edges_are_taken_where_no_threshold_is_named(source: PageSource, made: PageAtlas) -> None:
     everything = answer(source, "circuit", {"run": RUN})
-    assert len(everything["edges"]) == len(on_a_way([(u, v, s) for (u, v), s in means(made).items()], {key_of("resid_0", i) for i in range(6)} | {key_of("resid_0", "error")}, key_of("y", -1)))  # fmt: skip  # noqa: E501
+    inputs = {key_of("resid_0", i) for i in [*range(6), "error"]}
+    assert len(everything["edges"]) == len(on_a_way([(u, v, s) for (u, v), s in means(made).items()], inputs, key_of("y", -1)))
     few = answer(source, "circuit", {"run": RUN, "edges": "30"})
     assert 0 < len(few["edges"]) <= 31
     assert few["settings"]["threshold"] > 0
@@ -198,7 +199,8 @@ def test_values_are_what_json_has() -> None:
 def test_a_report_holds_the_pages_by_their_addresses(source: PageSource) -> None:
     said: list[tuple[int, int, str]] = []
     pages = contents(source, ReportOptions(), lambda done, total, what: said.append((done, total, what)))["pages"]
-    assert {"overview", f"run?run={RUN}", f"circuit?run={RUN}", f"circuit?run={RUN}&sequence=seq-a", "features", "community?parcellation=parts0123"} <= set(pages)
+    of_run = {f"run?run={RUN}", f"circuit?run={RUN}", f"circuit?run={RUN}&sequence=seq-a"}
+    assert {"overview", "features", "community?parcellation=parts0123", *of_run} <= set(pages)
     features = {name for name in pages if name.startswith("feature?")}
     assert len(features) == 22
     assert said[-1][:2] == (len(said) - 1, len(said) - 1)

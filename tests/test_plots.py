@@ -46,7 +46,7 @@ def drawn_curves(figure: object) -> dict[str, int]:
     """Number of edges drawn, by the name of their trace; a NaN ends each curve."""
     counts: dict[str, int] = {}
     for trace in figure.data:  # type: ignore[attr-defined]
-        if trace.mode == "lines" and trace.x is not None and trace.showlegend is False and not trace.name.startswith("highlight"):
+        if trace.mode == "lines" and trace.x is not None and trace.showlegend is False:
             counts[trace.name] = counts.get(trace.name, 0) + int(np.isnan(np.asarray(trace.x, dtype=float)).sum())
     return counts
 

@@ -111,10 +111,11 @@ def test_pointing_at_a_node_explains_it_and_clicking_opens_it(visit: Visit, sour
     circuit(page)
     slide(page, 500)
     page.wait_for_timeout(600)
-    key = page.evaluate("featlas.drawing.nodes.filter((n) => n.kind === 'feature' && featlas.drawing.where(n.key)).sort((a, b) => b.influence - a.influence)[0].key")
-    x, y = page.evaluate(
-        "(key) => { const box = document.querySelector('.stage').getBoundingClientRect(), at = featlas.drawing.where(key); return [box.left + at[0], box.top + at[1]]; }", key
-    )  # fmt: skip
+    key, x, y = page.evaluate("""() => {
+      const drawing = featlas.drawing, shown = drawing.nodes.filter((n) => n.kind === "feature" && drawing.where(n.key));
+      const key = shown.sort((a, b) => b.influence - a.influence)[0].key, box = document.querySelector(".stage").getBoundingClientRect();
+      return [key, box.left + drawing.where(key)[0], box.top + drawing.where(key)[1]];
+    }""")
     page.mouse.move(x - 40, y - 30)
     page.mouse.move(x, y, steps=5)
     page.wait_for_selector(".stage .tip:not([hidden])")
@@ -170,7 +171,10 @@ def test_a_sequence_is_drawn_by_its_tokens(visit: Visit) -> None:
     circuit(page, f"tab=circuits&run={RUN}&sequence=seq-a")
     toggle = page.locator("button", has_text="by token position")
     assert toggle.get_attribute("aria-pressed") == "true"
-    columns = page.evaluate("Object.fromEntries(featlas.drawing.nodes.filter((n) => featlas.drawing.where(n.key)).map((n) => [n.pos, Math.round(n.x / 208)]))")
+    columns = page.evaluate("""() => {
+      const shown = featlas.drawing.nodes.filter((n) => featlas.drawing.where(n.key));
+      return Object.fromEntries(shown.map((n) => [n.pos, Math.round(n.x / 208)]));
+    }""")
     assert columns == {str(pos): pos for pos in map(int, columns)}
     toggle.click()
     assert toggle.get_attribute("aria-pressed") == "false"
@@ -195,7 +199,12 @@ def test_thousands_of_edges_stay_fluid(visit: Visit) -> None:
     assert counts(page)[1] > 3000
     median = page.evaluate("""async () => {
       const frame = () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))), times = [];
-      for (let i = 0; i < 15; i++) { const start = performance.now(); featlas.drawing.cy.panBy({ x: 5, y: 2 }); await frame(); times.push(performance.now() - start); }
+      for (let i = 0; i < 15; i++) {
+        const start = performance.now();
+        featlas.drawing.cy.panBy({ x: 5, y: 2 });
+        await frame();
+        times.push(performance.now() - start);
+      }
       return times.sort((a, b) => a - b)[7];
     }""")
     assert median < 500  # 33 ms on an idle machine without a GPU; a loaded one must still answer
@@ -226,7 +235,12 @@ def test_the_policy_lets_nothing_else_run(visit: Visit, file: Path) -> None:
     page.on("console", lambda message: refused.append(message.text))
     page.goto(file.as_uri())
     page.wait_for_selector(READY)
-    ran = page.evaluate("() => { const s = document.createElement('script'); s.textContent = 'window.broken = 1'; document.body.append(s); return window.broken; }")
+    ran = page.evaluate("""() => {
+      const script = document.createElement("script");
+      script.textContent = "window.broken = 1";
+      document.body.append(script);
+      return window.broken;
+    }""")
     fetched = page.evaluate("() => fetch('https://example.invalid/').then(() => 'yes', () => 'no')")
     assert (ran, fetched) == (None, "no")
     assert any("Content Security Policy" in text for text in refused), json.dumps(refused)
