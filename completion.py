@@ -77,7 +77,7 @@ comparisons = _kept("comparisons")
 
 def queries(incomplete: str) -> Offers:
     """Named queries with what they answer, the first line of their files."""
-    found = {}
+    found: dict[str, str] = {}
     for path in sorted(QUERIES.glob("*.cypher")):
         with path.open(encoding="utf-8") as text:
             found.setdefault(path.name.partition(".")[0], text.readline().lstrip("/ ").strip())

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -68,7 +68,7 @@ def be_quiet(quiet: bool) -> None:
 
 def _console(stream: TextIO) -> Console:
     # NO_COLOR is taken at its word: no escape sequence, bold and dim neither (https://no-color.org).
-    color = None if os.environ.get("NO_COLOR") else "auto"
+    color: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
     width = None if stream.isatty() else _PIPED_WIDTH
     return Console(file=stream, width=width, color_system=color, markup=False, highlight=False, soft_wrap=False)
 

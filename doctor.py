@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 from .errors import FeatlasError
 
@@ -100,7 +101,7 @@ def _least_python() -> tuple[int, ...]:
 
 def lower_bounds() -> dict[str, str]:
     """Package → the lowest version that featlas' own metadata allows."""
-    found = {}
+    found: dict[str, str] = {}
     for line in metadata.requires("featlas") or []:
         if match := re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*>=\s*([\w.]+)", line):
             found.setdefault(match[1].lower(), match[2])
@@ -361,7 +362,8 @@ def check_model(model: str, dictionaries: str | None, task: str | None, device: 
     dtype = str(loaded.dtype).removeprefix("torch.")
     size = f"{loaded.n_layers} layers, {loaded.d_model} wide, {dtype} on {loaded.device}"
     yield Check("model", "model", Status.OK, f"{loaded.key}: {loaded.family}, {size}, loaded in {time.monotonic() - began:.1f} s")
-    yield _tokenizer(loaded.tokenizer, loaded.module.config.vocab_size)
+    config: Any = loaded.module.config
+    yield _tokenizer(loaded.tokenizer, int(config.get_text_config().vocab_size))
     way_out = "this architecture is not seen right, its edges would be wrong: please report the model's family and this line"
     for one in self_check(binding):
         found = f"relative error {one.error:.1e}, allowed {one.allowed:.0e} ({one.detail})"

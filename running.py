@@ -94,7 +94,7 @@ def _failed(error: BaseException, arguments: Sequence[str]) -> int | None:
         return _say(error.format_message(), "BadCommandLine", 2, arguments)
     if isinstance(error, BrokenPipeError):
         # the reader went away (`featlas … | head`): nothing to say, and nothing more to flush
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     return None
 

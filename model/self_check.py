@@ -99,6 +99,11 @@ def _error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).float().norm() / theirs.float().norm().clamp_min(1e-30))
 
 
+def _put(value: Tensor) -> Callable[[Tensor], Tensor]:
+    """A patch: this value instead of the site's own."""
+    return lambda _: value
+
+
 def _reading(seen: _Seen) -> Iterator[tuple[float, str]]:
     assert seen.run.run.logits is not None
     yield _error(seen.run.run.logits, seen.plain), "logits of a run that reads all sites"
@@ -130,7 +135,7 @@ def _writing(seen: _Seen) -> Iterator[tuple[float, str]]:
     binding = seen.binding
     for site in _some(binding):
         value = seen.run.values[site]
-        same = binding.forward(seen.tokens, {}, patches={site: lambda _, value=value: value}).logits
+        same = binding.forward(seen.tokens, {}, patches={site: _put(value)}).logits
         gone = binding.forward(seen.tokens, {}, patches={site: torch.zeros_like}).logits
         assert same is not None
         assert gone is not None
@@ -154,7 +159,7 @@ def _local_functions(seen: _Seen) -> Iterator[tuple[float, str]]:
             continue
         moved = {parent: seen.moved(parent, i) for parent in function.parents}
         ours = function(moved, {site: seen.run.values[site] for site in function.constants}, seen.run.run)
-        patches = {parent: (lambda _, value=value: value) for parent, value in moved.items()}
+        patches = {parent: _put(value) for parent, value in moved.items()}
         read = seen.top if site == OUTPUT else site
         theirs = binding.forward(seen.tokens, {read: Basis.RESIDUAL}, patches=patches).values[read]
         yield _error(ours, theirs), f"{site.name} from {', '.join(parent.name for parent in function.parents)}"
@@ -171,7 +176,7 @@ def _tails(seen: _Seen) -> Iterator[tuple[float, str]]:
         value[:, start:] = seen.moved(site, 100 + i)[:, start:]
         tail = Tail(seen.run, site, Basis.RESIDUAL, seen.top, Basis.RESIDUAL, last)
         ours = tail(value[:, start:], torch.arange(n, device=value.device), start)
-        theirs = binding.forward(seen.tokens, {seen.top: Basis.RESIDUAL}, patches={site: lambda _, value=value: value}).values[seen.top]
+        theirs = binding.forward(seen.tokens, {seen.top: Basis.RESIDUAL}, patches={site: _put(value)}).values[seen.top]
         yield _error(ours, theirs[:, last]), f"{seen.top.name} behind {site.name}"
 
 
