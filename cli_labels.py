@@ -24,7 +24,10 @@ labels_app = typer.Typer(
 app.add_typer(labels_app, name="labels")
 
 Feature = Annotated[str, typer.Argument(help="A feature: its key, or SITE/INDEX, for example resid_11/123.")]
-Of = Annotated[str | None, typer.Option("--of", help="The model whose features they are, by the beginning of its key, where there are several.")]
+Of = Annotated[
+    str | None, typer.Option("--of", help="The model or dictionary whose features they are, by the beginning of its key, where several fit.")
+]
+OfModel = Annotated[str | None, typer.Option("--of", help="The model whose features they are, by the beginning of its key, where there are several.")]
 KindOption = Annotated[
     Literal["hand", "file", "neuronpedia", "automatic"] | None, typer.Option("--kind", help="Labels of this kind only; all kinds unless given.")
 ]
@@ -75,7 +78,7 @@ def labels_set_command(
 
     label = checked(text)
     with _opened(atlas, graph) as (store, statistics):
-        known = find_feature(store, statistics, feature, model=of)
+        known = find_feature(store, statistics, feature, of=of)
         before = labels_of(statistics, [str(known["key"])]).filter(pl.col("kind") == LabelKind.HAND)["label"].to_list()
         row = {**known, "label": label, "kind": str(LabelKind.HAND), "author": author}
         write_labels(statistics, pl.DataFrame([row], schema_overrides={"author": pl.String}))
@@ -107,7 +110,7 @@ def labels_remove_command(
         raise NotBoth("name a feature, or say by --kind or --source which labels to take away")
     chosen = LabelKind(kind) if kind else LabelKind.HAND if feature is not None and source is None and rule is None else None
     with _opened(atlas, graph) as (store, statistics):
-        keys = None if feature is None else [str(find_feature(store, statistics, feature, model=of)["key"])]
+        keys = None if feature is None else [str(find_feature(store, statistics, feature, of=of)["key"])]
         gone = remove_labels(statistics, keys, kind=chosen, source=source, rule=rule)
         if gone.is_empty():
             what = " ".join(filter(None, ["label", chosen and f"of kind {chosen}", source and f"from {source}", rule and f"by {rule}"]))
@@ -153,7 +156,7 @@ def labels_import_command(
             read = read_neuronpedia(file, {**neuronpedia_sites(store, statistics), **given}, only)
         else:
             read = read_label_file(file)
-        found = resolve(store, statistics, read, model=of)
+        found = resolve(store, statistics, read, of=of)
         if not skip_invalid:
             found.refuse()
         if found.rows.is_empty():
@@ -176,7 +179,7 @@ def labels_export_command(
     kind: KindOption = None,
     site: Site = None,
     rule: RuleOption = None,
-    of: Of = None,
+    of: OfModel = None,
     best: Annotated[bool, typer.Option("--best", help="Only the label that each feature is called by.")] = False,
     atlas: Atlas = DEFAULT_ATLAS,
     as_json: Json = False,
@@ -231,7 +234,7 @@ def labels_auto_command(
     samples: Annotated[
         str | None, typer.Option("--samples", help="Run of `ingest samples` for tokens and class, by the beginning of its key; else the latest.")
     ] = None,
-    of: Of = None,
+    of: OfModel = None,
     show_n: Annotated[int, typer.Option("--show", min=0, help="Labels of each rule to show, the surest.")] = 4,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -292,7 +295,7 @@ def labels_list_command(
         return
     if feature is not None:
         with _opened(atlas, graph) as (store, statistics):
-            rows = labels_of(statistics, [str(find_feature(store, statistics, feature, model=of)["key"])])
+            rows = labels_of(statistics, [str(find_feature(store, statistics, feature, of=of)["key"])])
     else:
         rows = _chosen(atlas, kind, site, rule, of, False)
     if as_json:
@@ -307,7 +310,7 @@ def labels_list_command(
 def labels_search_command(
     text: Annotated[str, typer.Argument(help="Words of labels, tokens or contexts; a word that ends in * stands for all that begin so.")],
     site: Site = None,
-    of: Of = None,
+    of: OfModel = None,
     fields: Annotated[
         str | None, typer.Option("--in", help="Where to look, comma-separated: label, token, context; everywhere unless given.")
     ] = None,

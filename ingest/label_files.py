@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,19 @@ from typing import IO, Any
 import polars as pl
 
 from ..errors import UserError
-from ..queries.labels import BadLabel, LabelKind, checked, existing_features, known_sites
+from ..queries.labels import BadLabel, LabelKind, checked, existing_features, known_sites, of_model
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore
 
 ROW: Mapping[str, pl.DataType] = {
-    "place": pl.String(), "key": pl.String(), "model": pl.String(), "site": pl.String(), "feature": pl.Int64(), "label": pl.String(),
-    "kind": pl.String(), "rule": pl.String(), "source": pl.String(), "author": pl.String(), "confidence": pl.Float64(), "evidence": pl.String(),
+    "place": pl.String(), "key": pl.String(), "model": pl.String(), "dictionary": pl.String(), "site": pl.String(), "feature": pl.Int64(),
+    "label": pl.String(), "kind": pl.String(), "rule": pl.String(), "source": pl.String(), "author": pl.String(), "confidence": pl.Float64(),
+    "evidence": pl.String(),
 }  # fmt: skip
-"""One label as a file has it: `place` says where, `key` or `site` and `feature` say of what (`model` where several have the site)."""
+"""One label as a file has it: `place` says where, `key` or `site` and `feature` say of what (`model`, `dictionary` where several have the site)."""
 
 _NAMES = {"index": "feature", "number": "feature", "description": "label", "explanation": "label"}
-_TEXTS = ("key", "model", "site", "rule", "source", "author", "evidence")
+_TEXTS = ("key", "model", "dictionary", "site", "rule", "source", "author", "evidence")
 _SHOWN = 5
 
 
@@ -95,9 +97,9 @@ def _row(place: str, record: object, name: str) -> dict[str, Any]:
     if not isinstance(record, Mapping):
         raise ValueError(f"{str(record)[:40]!r} is no object with names")
     known = {_NAMES.get(str(column).strip().lower(), str(column).strip().lower()): value for column, value in record.items() if column is not None}
-    unknown = [column for column in known if column not in ROW and column not in ("written", "dictionary", "layer")]
+    unknown = [column for column in known if column not in ROW and column not in ("written", "layer")]
     if unknown:
-        raise ValueError(f"unknown column {unknown[0]!r}: there are key, or site and index; label; {', '.join(list(ROW)[6:])}")
+        raise ValueError(f"unknown column {unknown[0]!r}: there are key, or site and index; label; {', '.join(list(ROW)[7:])}")
     row: dict[str, Any] = dict.fromkeys(ROW)
     row.update({column: _text(known.get(column)) for column in _TEXTS}, place=place)
     row["feature"] = _number(known.get("feature"), "index", int)
@@ -144,10 +146,10 @@ def _open(path: Path) -> IO[str]:
     try:
         data = path.read_bytes()
         return io.StringIO((gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig"), newline="")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise NoLabelFile(f"cannot read {path}: it is no whole gzip file ({error})") from None
     except OSError as error:
         raise NoLabelFile(f"cannot read {path}: {error.strerror or error}") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise NoLabelFile(f"cannot read {path}: it is no whole gzip file ({error})") from None
     except UnicodeDecodeError as error:
         raise NoLabelFile(f"cannot read {path}: it is not UTF-8 from byte {error.start:,} on") from None
 
@@ -296,20 +298,23 @@ def neuronpedia_sites(store: GraphStore | None, statistics: StatisticsStore) -> 
 # -- 2. features ---------------------------------------------------------------------------------------------
 
 
-def resolve(store: GraphStore | None, statistics: StatisticsStore, read: Read, *, model: str | None = None) -> Read:
+def resolve(store: GraphStore | None, statistics: StatisticsStore, read: Read, *, of: str | None = None) -> Read:
     """Rows with the key, model, site and number of their feature; rows of features that the atlas does not have become problems.
+
+    of: the model or dictionary, as in `labels.of_model`.
 
     A feature named by site and index is there where the statistics say that the dictionary is so wide, or the graph has it.
     """
-    sites = known_sites(store, statistics).filter(pl.lit(model is None) | pl.col("model").str.starts_with(model or ""))
+    sites = known_sites(store, statistics).filter(of_model(of))
     stems = sites.with_columns(stem=pl.concat_str("model", "dictionary", "site", pl.lit(""), separator="|"))
     rows = read.rows.with_row_index("order")
     named = rows.filter(pl.col("key").is_not_null()).drop("model", "site", "feature")
     there = existing_features(store, statistics, named["key"].unique().to_list()) if named.height else _no_features()
     by_key = named.join(there, on="key", how="left")
-    numbered = rows.filter(pl.col("key").is_null()).drop("key").rename({"model": "of"})
-    joined = numbered.join(stems.select("model", "site", "stem", "d_sae"), on="site", how="left")
-    joined = joined.filter(pl.col("of").is_null() | pl.col("model").is_null() | pl.col("model").str.starts_with(pl.col("of")))
+    numbered = rows.filter(pl.col("key").is_null()).drop("key").rename({"model": "said_model", "dictionary": "said_dictionary"})
+    joined = numbered.join(stems.select("model", "dictionary", "site", "stem", "d_sae"), on="site", how="left")
+    agrees = lambda name: pl.col(f"said_{name}").is_null() | pl.col(name).str.starts_with(pl.col(f"said_{name}")).fill_null(False)
+    joined = joined.filter(agrees("model") & agrees("dictionary"))
     joined = joined.with_columns(key=pl.col("stem") + pl.col("feature").cast(pl.String))
     unmeasured = joined.filter(pl.col("d_sae").is_null() & pl.col("key").is_not_null())
     seen = existing_features(store, statistics, unmeasured["key"].unique().to_list())["key"] if unmeasured.height else pl.Series([], dtype=pl.String)
@@ -329,7 +334,7 @@ def resolve(store: GraphStore | None, statistics: StatisticsStore, read: Read, *
             several.select("order", text=place + numbered_as + pl.lit(" fits several features: choose by --of, or give keys")),
         ]
     ).sort("order")
-    return Read(found.select(list(ROW)), (*read.problems, *problems["text"]), read.n_empty)
+    return Read(found.drop("order", "dictionary"), (*read.problems, *problems["text"]), read.n_empty)
 
 
 def _no_features() -> pl.DataFrame:

@@ -125,18 +125,23 @@ def existing_features(store: GraphStore | None, statistics: StatisticsStore, key
     return pl.concat(frames).unique("key").sort("key")
 
 
-def find_feature(store: GraphStore | None, statistics: StatisticsStore, name: str, *, model: str | None = None) -> dict[str, object]:
-    """The feature of a name, its whole key or SITE/INDEX: `key, model, site, feature`. Raises `UnknownFeature`."""
+def of_model(of: str | None) -> pl.Expr:
+    """Whether a site (`SITES`) is of the model whose key begins so, or of the dictionary whose id does; any where nothing is given."""
+    return pl.lit(True) if of is None else pl.col("model").str.starts_with(of) | pl.col("dictionary").str.starts_with(of)
+
+
+def find_feature(store: GraphStore | None, statistics: StatisticsStore, name: str, *, of: str | None = None) -> dict[str, object]:
+    """The feature of a name, its whole key or SITE/INDEX: `key, model, site, feature`; `of` as in `of_model`. Raises `UnknownFeature`."""
     whole = existing_features(store, statistics, [name])
     if whole.height:
         return whole.row(0, named=True)
-    sites = known_sites(store, statistics).filter(pl.lit(model is None) | pl.col("model").str.starts_with(model or ""))
+    sites = known_sites(store, statistics).filter(of_model(of))
     known = ", ".join(sites["site"].unique(maintain_order=True)) or "none: measure some with `featlas ingest edges` or `featlas ingest statistics`"
     site, _, index = name.rpartition("/")
     fitting = sites.filter(pl.col("site") == site)
     if not site or not (index.isascii() and index.isdigit()) or fitting.is_empty():
-        of = f" of {model}" if model else ""
-        raise UnknownFeature(f"no feature {name!r}{of}: name one by its key, or as SITE/INDEX (resid_11/123); the sites are {known}")
+        whose = f" of {of}" if of else ""
+        raise UnknownFeature(f"no feature {name!r}{whose}: name one by its key, or as SITE/INDEX (resid_11/123); the sites are {known}")
     stems = fitting.select(stem=pl.concat_str("model", "dictionary", "site", separator="|"))["stem"]
     keys = [f"{stem}|{int(index)}" for stem in stems]
     there = existing_features(store, statistics, keys)
@@ -145,7 +150,7 @@ def find_feature(store: GraphStore | None, statistics: StatisticsStore, name: st
         has = f"{site} has features 0 to {width - 1:,}" if isinstance(width, int) else f"the graph has no feature of that number at {site}"
         raise UnknownFeature(f"no feature {name!r}: {has}")
     if there.height > 1:
-        raise UnknownFeature(f"{name!r} fits several features: name one by its key, {' or '.join(map(repr, there['key']))}, or choose by --model")
+        raise UnknownFeature(f"{name!r} fits several features: name one by its key, {' or '.join(map(repr, there['key']))}, or say --of")
     return there.row(0, named=True)
 
 
@@ -366,8 +371,10 @@ def _shown(statistics: StatisticsStore, keys: list[str], wanted: search.Wanted) 
         {"keys": keys},
     )
     if around.height:
-        marked = pl.concat_str(pl.col("before").list.join(""), pl.lit("【"), pl.col("token"), pl.lit("】"), pl.col("after").list.join(""))
-        token, context = search.matching(search.whole_word(), wanted), search.matching(search.whole_context(), wanted)
+        blank = search.blank_between(around)
+        join = lambda column: pl.col(column).list.join(blank)
+        marked = pl.concat_str(join("before"), pl.lit("【"), pl.col("token"), pl.lit("】"), join("after"))
+        token, context = search.matching(search.whole_word(blank), wanted), search.matching(search.whole_context(blank), wanted)
         contexts = around.select("key", label=marked, n=context, at=pl.when(token > 0).then(0).otherwise(2))
         labels = pl.concat([labels, contexts.cast(labels.schema)])
     best = labels.filter(pl.col("n") > 0).sort(["n", "at"], descending=[True, False], maintain_order=True)

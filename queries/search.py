@@ -151,20 +151,28 @@ def _index_site(statistics: StatisticsStore, run: str, site: str, suffix: str) -
             " WHERE c.run = ? AND c.site = ? AND c.feature BETWEEN ? AND ? ORDER BY c.feature, c.rank",
             [run, site, start, start + step - 1],
         )
-        identity = ["key", "model", "site", "feature"]
-        for field, text in (("token", whole_word()), ("context", whole_context())):
+        identity, blank = ["key", "model", "site", "feature"], blank_between(rows)
+        for field, text in (("token", whole_word(blank)), ("context", whole_context(blank))):
             found, documents = documents_of(rows.select(*identity, text=text), field, marks=field == "token")
             statistics._insert(f"search_terms{suffix}", found.with_columns(origin=pl.lit(run)).sort("key", "term"))
             statistics._insert(f"search_documents{suffix}", documents.with_columns(origin=pl.lit(run)).sort("key"))
 
 
-def whole_context() -> pl.Expr:
-    """A context as one text, of its columns `before, token, after`."""
-    return pl.concat_str(pl.col("before").list.join(""), pl.col("token"), pl.col("after").list.join(""))
+def blank_between(contexts: pl.DataFrame) -> str:
+    """What stands between tokens (columns `before, token, after`): nothing where they bring their own blanks, a blank where they are whole words."""
+    texts = (contexts["before"].explode(), contexts["token"], contexts["after"].explode())
+    return "" if any(text.str.contains(r"^\s").any() for text in texts) else " "
 
 
-def whole_word() -> pl.Expr:
-    """The token with what belongs to the same word before and behind it."""
+def whole_context(blank: str = "") -> pl.Expr:
+    """A context as one text, of its columns `before, token, after`, with `blank` between tokens."""
+    return pl.concat_str(pl.col("before").list.join(blank), pl.col("token"), pl.col("after").list.join(blank), separator=blank)
+
+
+def whole_word(blank: str = "") -> pl.Expr:
+    """The token with what belongs to the same word before and behind it; itself where there is a `blank` between tokens."""
+    if blank:
+        return pl.col("token")
     before = pl.when(pl.col("token").str.contains(r"^[\p{L}\p{N}]")).then(pl.col("before").list.join("").str.extract(r"([\p{L}\p{N}]+)$"))
     after = pl.when(pl.col("token").str.contains(r"[\p{L}\p{N}]$")).then(pl.col("after").list.join("").str.extract(r"^([\p{L}\p{N}]+)"))
     return pl.concat_str(before.otherwise(pl.lit("")).fill_null(""), pl.col("token"), after.otherwise(pl.lit("")).fill_null(""))

@@ -184,7 +184,7 @@ def test_a_name_that_fits_two_models_is_refused(statistics, graph):
     graph.merge_nodes("Feature", pl.DataFrame([other]))
     with pytest.raises(UnknownFeature, match="fits several"):
         find_feature(graph, statistics, "resid_1/0")
-    assert find_feature(graph, statistics, "resid_1/0", model="n@")["key"] == "n@0|x|resid_1|0"
+    assert find_feature(graph, statistics, "resid_1/0", of="n@")["key"] == "n@0|x|resid_1|0"
 
 
 # -- the graph -------------------------------------------------------------------------------------------------
