@@ -82,7 +82,9 @@ def edges_figure(curves: pl.DataFrame, *, title: str = "", subtitle: str = "") -
         rows = own.filter(null=own["null"][0])
         figure.add_trace(_line(rows, "data", INK), row=row, col=col)
         figure.update_xaxes(type="log", title_text=_AXES.get(axis, axis) if row == 2 else None, row=row, col=col)
-        figure.update_yaxes(range=[-0.03, 1.03], row=row, col=col)
+        # curves near 0 fill their panel too
+        most = max((float(m) for m in (own["value"].max(), own["null_high"].max()) if m is not None), default=1.0)  # type: ignore[arg-type]
+        figure.update_yaxes(range=[-0.03 * most, min(1.03, 1.1 * most) or 1.0], row=row, col=col)
     if axis == "threshold":
         figure.update_xaxes(autorange="reversed", exponentformat="power")
     legend_once(figure)
@@ -297,7 +299,7 @@ def joint_figure(blocks: pl.DataFrame) -> go.Figure:
                     marker={"color": shades}, hovertext=said, hoverinfo="text",
                 ), row=1, col=i,
             )  # fmt: skip
-        most = int(max(own["n_a"].max(), own["n_b"].max(), 1))  # type: ignore[type-var]
+        most = max(1, *own["n_a"], *own["n_b"])
         step = max(1, round(most / 2))
         figure.update_xaxes(tickvals=[-2 * step, -step, 0, step, 2 * step], ticktext=[2 * step, step, 0, step, 2 * step], title_text="features",
                             row=1, col=i)  # fmt: skip

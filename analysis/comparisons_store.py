@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import polars as pl
 
@@ -57,14 +58,15 @@ def read_comparison(statistics: StatisticsStore, name: str | None = None) -> Com
     """The comparison whose key begins with `name`, or the last one. Raises `NoSuchComparison`."""
     key = find_comparison(statistics, name)
     record = list_comparisons(statistics).filter(pl.col("comparison") == key).row(0, named=True)
-    frames = {}
+    frames: dict[str, pl.DataFrame] = {}
     for field, (table, schema) in TABLES.items():
         # rows come back in the order in which they were written
         columns = ", ".join(f'"{column}"' for column in schema)
         rows = statistics.query(f"SELECT {columns} FROM {table} WHERE comparison = $key ORDER BY rowid", {"key": key})
         frames[field] = rows.select(pl.col(column).cast(dtype) for column, dtype in schema.items())
     texts = {name: str(record[name]) for name in RECORD}
-    return Comparison(key, **texts, settings=json.loads(record["settings"]), notes=json.loads(record["notes"]), **frames)
+    empty = Comparison(key, *(texts[name] for name in RECORD), json.loads(record["settings"]), json.loads(record["notes"]), frames["values"])
+    return replace(empty, **frames)
 
 
 def delete_comparison(statistics: StatisticsStore, name: str) -> str:

@@ -135,8 +135,8 @@ def by_threshold(edges: Union, at: FloatArray) -> Overlap:
         sums = np.concatenate([[0.0], np.cumsum(weights[order])])
         return sums[np.searchsorted(-values[order], -np.asarray(at), side="right")]
 
-    counts = sum(above(own, (own > 0).astype(np.float64)) for own in (edges.a, edges.b))
-    sums = sum(above(own, own) for own in (edges.a, edges.b))
+    counts = above(edges.a, edges.a > 0) + above(edges.b, edges.b > 0)
+    sums = above(edges.a, edges.a) + above(edges.b, edges.b)
     return _overlap(at, counts, sums, *(above(least, w) for w in (np.ones(len(least)), agree, least, least * agree)))
 
 

@@ -108,14 +108,15 @@ def compare(
     options = options or CompareOptions()
     options.check()
     paired = pair_nodes(a, b, matched)
-    found, notes = [Found(coverage(paired))], {"pairs": paired.n, "pairs_in_both": int(paired.both.sum()), "without": {}}
+    found, without = [Found(coverage(paired))], {}
     chosen = [part for part in Part if part in options.parts and part is not Part.TRANSPORT]
     for i, part in enumerate(chosen):
         progress(i, len(chosen), part.value)
         try:
             found.append(PARTS[part](paired, options))
         except (NotThere, NoTransport, MissingPackage) as reason:
-            notes["without"][part.value] = str(reason)
+            without[part.value] = str(reason)
+    notes = {"pairs": paired.n, "pairs_in_both": int(paired.both.sum()), "without": without}
     progress(len(chosen), len(chosen), "")
     settings = _settings(options)
     content = json.dumps([_identity(a), _identity(b), matching, settings], sort_keys=True, ensure_ascii=False)
@@ -279,7 +280,7 @@ def compare_named(
 ) -> Comparison:  # fmt: skip
     """Compare two runs or circuits by the beginnings of their keys, with the regions of their models where there are some."""
     sides = [read_side(sources.store, name, own) for name, own in (a, b)]
-    matching, matched = stored_matching(sources.statistics, *sides, sources.matching)
+    matching, matched = stored_matching(sources.statistics, sides[0], sides[1], sources.matching)
     if {Part.REGIONS, Part.PARTITIONS, Part.TRANSPORT} & set(options.parts):
         whole = all(own == SideOptions(by=own.by) for _, own in (a, b))
         sides = list(_with_regions(sources, sides, whole))

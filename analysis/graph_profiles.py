@@ -127,13 +127,13 @@ def compare_profiles(paired: Paired, *, draws: int = 20, seed: int = 0) -> tuple
         drawn = np.array([length_distances(lengths[0], own) for own in of_draws]).reshape(-1, 2)
         for j, name in enumerate(("W1", "KS")):
             values.add_against(f"path length {kind}, {name}", found[j], REWIRED, drawn[:, j], greater=False)
-        for name, own in zip("AB", lengths, strict=True):
-            values.add(f"mean path length {kind}, {name}", float(own @ np.arange(len(own))) if own.sum() else None)
-            curves.append(curve(PART, f"path length {kind}, {name}", "edges of a path", np.arange(len(own)), own))
+        for name, shares in zip("AB", lengths, strict=True):
+            values.add(f"mean path length {kind}, {name}", float(shares @ np.arange(len(shares))) if shares.sum() else None)
+            curves.append(curve(PART, f"path length {kind}, {name}", "edges of a path", np.arange(len(shares)), shares))
     for name, side in zip("AB", sides, strict=True):
-        shares = site_shares(side)
+        by_site = site_shares(side)
         for column, what in (("nodes", "nodes"), ("strength_out", "strength that leaves"), ("strength_in", "strength that enters")):
-            curves.append(curve(PART, f"{what}, {name}", "site", shares["order"].to_numpy(), shares[column].to_numpy()))
+            curves.append(curve(PART, f"{what}, {name}", "site", by_site["order"].to_numpy(), by_site[column].to_numpy()))
     return values.frame(), together(curves, CURVES)
 
 

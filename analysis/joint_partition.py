@@ -114,13 +114,13 @@ def partition_jointly(
         progress(f"{both.site}: text moved, {i + 1} of {draws}")
         # what is live is so in each half; text moved by whole sequences may leave features of another half out
         of_null = find_partition(joined(a, moved(b, options.seed + i)), again).labels_of()
-        parts = of_null[live[0]], of_null[a.d_sae + live[1]]
-        parts = tuple(part[part >= 0] for part in parts)
-        most = max(int(part.max(initial=0)) for part in parts) + 1
-        nulls.append(mean_shared(*parts, most))
-        by_rank.append(np.pad(shared(*parts, most)[2], (0, max(0, n_blocks - most)))[:n_blocks])
+        of_a, of_b = (part[part >= 0] for part in (of_null[live[0]], of_null[a.d_sae + live[1]]))
+        most = max(int(part.max(initial=0)) for part in (of_a, of_b)) + 1
+        nulls.append(mean_shared(of_a, of_b, most))
+        by_rank.append(np.pad(shared(of_a, of_b, most)[2], (0, max(0, n_blocks - most)))[:n_blocks])
     blocks = _blocks(a, b, live, (labels_a, labels_b), n_blocks, np.array(by_rank).reshape(-1, n_blocks), options)
-    return JointSite(a.site, b.site, *live, labels_a, labels_b, blocks, mean_shared(labels_a, labels_b, n_blocks), np.array(nulls), found)
+    in_all = mean_shared(labels_a, labels_b, n_blocks)
+    return JointSite(a.site, b.site, live[0], live[1], labels_a, labels_b, blocks, in_all, np.array(nulls, dtype=np.float64), found)
 
 
 def _blocks(

@@ -79,10 +79,10 @@ def _regions_of_nodes(side: GraphSide, parcellation: Parcellation, level: int | 
         table += [(site, b, block_key(key, site, kind, at, b), kind, names.get((site, b)) or f"{site}/{b}", size) for b, size in enumerate(sizes)]
     schema = {"site": pl.String, "block": pl.Int64, "region": pl.String, "of": pl.String, "label": pl.String, "size": pl.Int64}
     known = pl.concat(blocks).join(pl.DataFrame(table, schema=schema, orient="row"), on=["site", "block"])
-    site = pl.col("site")
+    of_site = pl.col("site")
     standing = pl.col("kind").replace_strict({"error": ERROR, "output": OUTPUT_BLOCK, "feature": WHOLE}, return_dtype=pl.String)
-    said = pl.when(pl.col("kind") == "error").then(pl.format("error of {}", site)).when(pl.col("kind") == "output").then(pl.lit("output"))
-    alone = site.replace_strict({name: {of: block_key(key, name, of) for of in (ERROR, OUTPUT_BLOCK, WHOLE)} for name in set(side.nodes["site"])},
+    said = pl.when(pl.col("kind") == "error").then(pl.format("error of {}", of_site)).when(pl.col("kind") == "output").then(pl.lit("output"))
+    alone = of_site.replace_strict({name: {of: block_key(key, name, of) for of in (ERROR, OUTPUT_BLOCK, WHOLE)} for name in set(side.nodes["site"])},
                                 return_dtype=pl.Struct(dict.fromkeys((ERROR, OUTPUT_BLOCK, WHOLE), pl.String)))  # fmt: skip
     key_alone = pl.coalesce(pl.when(standing == of).then(alone.struct.field(of)) for of in (ERROR, OUTPUT_BLOCK, WHOLE))
     joined = side.nodes.join(known, on=["site", "index"], how="left", maintain_order="left")
@@ -90,7 +90,7 @@ def _regions_of_nodes(side: GraphSide, parcellation: Parcellation, level: int | 
     either = lambda name, otherwise: pl.when(blocked).then(pl.col(name)).otherwise(otherwise)
     return joined.select(
         either("region", key_alone).alias("key"), "site", "layer", either("of", standing).alias("kind"),
-        either("label", said.otherwise(pl.format("all features of {}", site))).alias("label"), either("size", 1).alias("size"), "order",
+        either("label", said.otherwise(pl.format("all features of {}", of_site))).alias("label"), either("size", 1).alias("size"), "order",
     )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def region_pair(paired: Paired) -> RegionPair:
         for own, kept, mapping in ((a, rows[0], {}), (b, rows[1], named))
     ]  # fmt: skip
     numbers = np.unique(np.array(labels[0] + labels[1]), return_inverse=True)[1]
-    return RegionPair(a, b, *rows, overlap[np.ix_(*rows)], numbers[: len(rows[0])], numbers[len(rows[0]) :])
+    return RegionPair(a, b, rows[0], rows[1], overlap[np.ix_(*rows)], numbers[: len(rows[0])], numbers[len(rows[0]) :])
 
 
 def null_weights(paired: Paired, regions: RegionPair, draws: int, seed: int) -> tuple[str, list[FloatArray]]:
@@ -239,7 +239,7 @@ def null_weights(paired: Paired, regions: RegionPair, draws: int, seed: int) -> 
 def summed(of_node: IntArray, source: IntArray, target: IntArray, weight: FloatArray, n: int) -> FloatArray:
     """What n regions drive each other (n, n): the weights of edges (m,) between nodes, whose regions are of_node."""
     codes = of_node[source] * np.int64(n) + of_node[target]
-    return np.bincount(codes, weight, n * n).reshape(n, n)
+    return np.asarray(np.bincount(codes, weight, n * n), dtype=np.float64).reshape(n, n)
 
 
 def compare_regions(

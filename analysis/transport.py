@@ -60,7 +60,7 @@ def transport(
     coupling, the cheapest by features alone and those by `random` costs drawn by chance. Raises `NoTransport`.
     """
     try:
-        import ot  # type: ignore[import-untyped]
+        import ot
     except ImportError:
         raise NoTransport('fused Gromov–Wasserstein needs POT: pip install "featlas[comparison]", or leave it out by --without transport') from None
     if not 0 <= alpha <= 1:
