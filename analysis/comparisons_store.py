@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 
 import polars as pl
 
@@ -64,9 +63,12 @@ def read_comparison(statistics: StatisticsStore, name: str | None = None) -> Com
         columns = ", ".join(f'"{column}"' for column in schema)
         rows = statistics.query(f"SELECT {columns} FROM {table} WHERE comparison = $key ORDER BY rowid", {"key": key})
         frames[field] = rows.select(pl.col(column).cast(dtype) for column, dtype in schema.items())
-    texts = {name: str(record[name]) for name in RECORD}
-    empty = Comparison(key, *(texts[name] for name in RECORD), json.loads(record["settings"]), json.loads(record["notes"]), frames["values"])
-    return replace(empty, **frames)
+    text = lambda name: str(record[name])
+    return Comparison(
+        key, text("kind"), text("a"), text("b"), text("run_a"), text("run_b"), text("model_a"), text("model_b"), text("matching"),
+        json.loads(record["settings"]), json.loads(record["notes"]), frames["values"], frames["curves"], frames["links"], frames["blocks"],
+        frames["members"],
+    )  # fmt: skip
 
 
 def delete_comparison(statistics: StatisticsStore, name: str) -> str:
