@@ -11,6 +11,7 @@ import polars as pl
 
 from ..analysis.notes import CONTEXTS, feature_notes
 from ..errors import UserError
+from ..queries.labels import labels_of
 from ..queries.pages import (
     PLACES,
     all_moments,
@@ -116,8 +117,6 @@ def _labels(source: PageSource, keys: Collection[str]) -> dict[str, list[Page]]:
     """Every label that a node was given."""
     if source.statistics is None:
         return {}
-    from ..queries.labels import labels_of
-
     return _by_key(labels_of(source.statistics, list(keys)))
 
 

@@ -248,7 +248,7 @@
         const [x, y] = at(i);
         if (x < 0 || x > w || y < -10 || y > h) continue;
         const strong = lit.has(i);
-        context.font = `${strong ? 600 : 400} ${strong ? 12 : 11.5}px ${FONT}`;
+        context.font = `${nodes[i].label_kind === "automatic" ? "italic " : ""}${strong ? 600 : 400} ${strong ? 12 : 11.5}px ${FONT}`;
         const name = shown(nodes[i].name ?? nodes[i].key ?? ""), long = strong ? 34 : 22, text = name.length > long ? `${name.slice(0, long - 1)}…` : name;
         const half = context.measureText(text).width / 2 + 4, size = (cyNodes[i].data("size") / 2) * zoom, y0 = y + size + 3, box = [x - half, y0 - 1, x + half, y0 + 14];
         if (taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3])) continue;

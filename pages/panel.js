@@ -46,7 +46,7 @@
 
   const head = (page) => [
     el("div", { class: "soft small" }, [page.site, page.kind === "feature" ? `feature ${page.index}` : page.kind === "error" ? "error node: what the dictionary leaves unexplained" : "the output", page.model].join(" · ")),
-    el("h2", {}, shown(page.name || page.key)),
+    el("h2", { class: page.label_kind === "automatic" ? "rule" : "" }, shown(page.name || page.key)),
     page.label_kind ? el("span", { class: "chip" }, KINDS[page.label_kind] || page.label_kind) : null,
     facts(page),
   ];

@@ -26,6 +26,8 @@ from ..analysis.circuits import (
 )
 from ..analysis.summary import task_summary
 from ..errors import UserError
+from ..queries.inventory import find_nodes
+from ..queries.labels import search_labels
 from ..queries.pages import circuits_of, count_all, models_of, nodes_of, partitions_of, swept
 from ..queries.partitions import stored_parcellations
 from ..queries.samples import SampleStore
@@ -81,14 +83,14 @@ def overview(source: PageSource) -> Page:
 
 def _run_row(run: RunRow) -> Page:
     wanted = ("key", "model", "task", "method", "steps", "metric", "baseline", "threshold", "aggregation", "status", "n_sequences", "n_edges")
-    return plain({name: run.properties.get(name) for name in wanted})  # type: ignore[no-any-return]
+    return plain({name: run.properties.get(name) for name in wanted})
 
 
 def _circuit_row(circuit: Mapping[str, Any]) -> Page:
     wanted = ("key", "run", "sequence", "task", "threshold", "by", "n_nodes", "n_edges", "average_degree", "density", "faithfulness", "completeness",
               "description")  # fmt: skip
     settings = json.loads(str(circuit.get("settings") or "{}"))
-    return plain({**{name: circuit.get(name) for name in wanted}, "of": "regions" if "parcellation" in settings else "features"})  # type: ignore[no-any-return]
+    return plain({**{name: circuit.get(name) for name in wanted}, "of": "regions" if "parcellation" in settings else "features"})
 
 
 def _statistics_rows(source: PageSource) -> list[Page]:
@@ -112,13 +114,13 @@ def _parcellation_row(source: PageSource, key: str, partitions: list[Page]) -> P
         "key": key, "model": first.get("model"), "method": first.get("method"), "basis": first.get("basis"),
         "sites": [partition.get("site") for partition in partitions], "n_blocks": sum(partition.get("n_blocks") or 0 for partition in partitions),
         "stored": key in stored,
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip
 
 
 def _communities_row(partition: Page) -> Page:
     notes = json.loads(partition.get("notes") or "{}")
     wanted = ("key", "parcellation", "run", "model", "method", "n_blocks")
-    return plain({**{name: partition.get(name) for name in wanted}, "notes": notes, "settings": json.loads(partition.get("settings") or "{}")})  # type: ignore[no-any-return]
+    return plain({**{name: partition.get(name) for name in wanted}, "notes": notes, "settings": json.loads(partition.get("settings") or "{}")})
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def _cut_settings(cut: Circuit, circuit: str | None, n_candidates: int) -> Page:
         "circuit": circuit and cut.key, "run": selection.run, "by": selection.by.value, "threshold": selection.threshold,
         "sequence": selection.sequence, "task": selection.task, "positions": selection.positions, "pruned": selection.pruned,
         "n_candidates": n_candidates, "n_edges": cut.n_edges, "n_nodes": cut.n_nodes, "weakest": least, "description": selection.description,
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip
 
 
 def _drawn(source: PageSource, cut: Circuit, metric: str) -> Page:
@@ -257,15 +259,16 @@ def _tokens_of(source: PageSource, run: RunRow, selection: Selection) -> list[st
 
 
 def search(source: PageSource, text: str = "") -> Page:
-    """Features by their names, labels, tokens and contexts: `found`, the best first. Raises `BadQuery`."""
+    """Features by their labels, tokens and contexts: `found`, the best first; without statistics, by the graph's labels. Raises `BadQuery`."""
     if not text.strip():
         return {"text": text, "found": []}
-    from ..queries.labels import search_labels
-
-    rows = search_labels(source.store, source.statistics, text, FOUND_AT_MOST)
+    if source.statistics is None:
+        keys = find_nodes(source.store, text=text.strip())["key"].head(FOUND_AT_MOST)
+    else:
+        keys = search_labels(source.store, source.statistics, text, FOUND_AT_MOST)["key"]
     columns = ("key", "name", "label_kind", "model", "site", "layer", "kind", "index", "frequency")
-    nodes = named(source, nodes_of(source.store, rows["key"].to_list())).select(columns)
-    return {"text": text, "found": records(rows.select("key").join(nodes, on="key", how="inner", maintain_order="left"))}
+    nodes = named(source, nodes_of(source.store, keys.to_list())).select(columns)
+    return {"text": text, "found": records(keys.to_frame("key").join(nodes, on="key", how="inner", maintain_order="left"))}
 
 
 # --- the door ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ What a file cannot hold without end is cut to the strongest: edges of a circuit,
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import urlencode
 
 from ..errors import UserError
@@ -62,17 +63,14 @@ def contents(source: PageSource, options: ReportOptions = ReportOptions(), progr
     if not summary["counts"]:
         raise NothingToReport(f"the graph of {source.atlas} is empty: measure something first, with `featlas demo` or `featlas ingest edges`")
     found.add("overview", summary)
-    steps: list[tuple[str, Callable[[], None]]] = [(f"run {run.key}", lambda run=run: _add_run(found, source, run, options)) for run in runs]  # type: ignore[misc]
-    steps += [
-        *((f"sweep {row['subject']}", lambda row=row: _add_sweep(found, source, row)) for row in summary["sweeps"]),  # type: ignore[misc]
-        *((f"regions {row['key']}", lambda row=row: _add_regions(found, source, row["key"])) for row in summary["parcellations"]),  # type: ignore[misc]
-        *((f"communities {row['parcellation']}", lambda row=row: _add_communities(found, source, row["parcellation"]))  # type: ignore[misc]
-          for row in summary["communities"]),
-        *((f"matching {row['matching']}", lambda row=row: _add_matching(found, source, row["matching"])) for row in summary["matchings"]),  # type: ignore[misc]
-        *((f"comparison {row['comparison']}", lambda row=row: _add_comparison(found, source, row["comparison"]))  # type: ignore[misc]
-          for row in summary["comparisons"]),
-        ("features", lambda: _add_features(found, source, options)),
-    ]  # fmt: skip
+    steps: list[tuple[str, Callable[[], None]]] = [(f"run {run.key}", partial(_add_run, found, source, run, options)) for run in runs]
+    steps += [(f"sweep {row['subject']}", partial(_add_sweep, found, source, row)) for row in summary["sweeps"]]
+    for section, name, add in (
+        ("parcellations", "key", _add_regions), ("communities", "parcellation", _add_communities), ("matchings", "matching", _add_matching),
+        ("comparisons", "comparison", _add_comparison),
+    ):  # fmt: skip
+        steps += [(f"{section} {row[name]}", partial(add, found, source, row[name])) for row in summary[section]]
+    steps.append(("features", partial(_add_features, found, source, options)))
     for done, (what, step) in enumerate(steps):
         if progress is not None:
             progress(done, len(steps), what)

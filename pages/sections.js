@@ -164,8 +164,8 @@
 
   const runParts = (element, run) => {
     if (run.features.length) element.append(el("h2", {}, "Features with the most influence"), table(
-      [{ name: "feature", node: (name, row) => el("b", {}, shown(name)) }, "site", "index", { name: "influence", number: true, format: (v) => percent(v) }, { name: "effect out", number: true, node: (v) => el("span", { class: v >= 0 ? "up" : "down" }, signed(v)) }, { name: "in", number: true }, { name: "out", number: true }],
-      run.features.map((f) => [f.name, f.site, f.index, f.influence, f.out_strength, f.n_in, f.n_out, f.key]), { onRow: (row) => showFeature(row[7]) }));
+      [{ name: "feature", node: (name, row) => el("b", { class: row[8] === "automatic" ? "rule" : "" }, shown(name)) }, "site", "index", { name: "influence", number: true, format: (v) => percent(v) }, { name: "effect out", number: true, node: (v) => el("span", { class: v >= 0 ? "up" : "down" }, signed(v)) }, { name: "in", number: true }, { name: "out", number: true }],
+      run.features.map((f) => [f.name, f.site, f.index, f.influence, f.out_strength, f.n_in, f.n_out, f.key, f.label_kind]), { onRow: (row) => showFeature(row[7]) }));
     if (run.paths.length) element.append(el("h2", {}, "Strongest paths to the output"), el("p", { class: "soft" }, "A path's score is the product of its edges' shares: the part of everything entering the output that came this very way. Between two nodes stands the edge's weight: the effect on the metric, in its own units."),
       ...run.paths.map((path) => el("div", { class: "path" }, el("span", { class: "score" }, percent(path.score, 2)), path.nodes.map((node, i) => [nodeButton(node), i < path.weights.length ? el("span", { class: `small ${path.weights[i] >= 0 ? "up" : "down"}` }, `${signed(path.weights[i], 2)} →`) : null]))));
     element.append(el("h2", {}, "Does the model solve the task?"), table(
@@ -182,7 +182,7 @@
     const { table: data, n_dead: dead } = await atlas.get("features");
     const at = Object.fromEntries(data.columns.map((name, i) => [name, i])), sites = [...new Set(data.rows.map((row) => row[at.site]))], models = [...new Set(data.rows.map((row) => row[at.model]))];
     const wanted = ["name", "label_kind", "site", "layer", "kind", "index", "frequency", "mean_active", "maximum"];
-    const formats = { frequency: { number: true, format: (v) => percent(v, 2) }, mean_active: { number: true }, maximum: { number: true }, name: { node: (v) => el("b", {}, shown(v)) }, label_kind: { title: "label", format: (v) => v || "" } };
+    const formats = { frequency: { number: true, format: (v) => percent(v, 2) }, mean_active: { number: true }, maximum: { number: true }, name: { node: (v, row) => el("b", { class: row[1] === "automatic" ? "rule" : "" }, shown(v)) }, label_kind: { title: "label", format: (v) => v || "" } };
     const shownColumns = models.length > 1 ? [...wanted, "model"] : wanted;
     const rows = data.rows.map((row) => [...shownColumns.map((name) => row[at[name]]), row[at.key]]);
     const made = table(shownColumns.map((name) => ({ name, ...(formats[name] || {}) })), rows, { onRow: (row) => showFeature(row[row.length - 1]), page: 150, sort: [shownColumns.indexOf("frequency"), true] });

@@ -137,7 +137,7 @@ def region_page(source: PageSource, parcellation: str) -> Page:
         "key": parcellation, "model": first.get("model"), "method": first.get("method"), "basis": first.get("basis"), "findings": findings,
         "sites": [partition.get("site") for partition in partitions], "settings": json.loads(first.get("settings") or "{}"), "blocks": blocks,
         "exhibits": paths, "losses": losses, "drives": table(drives_of(source.store, parcellation).head(TABLE_ROWS)),
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip
 
 
 # --- communities ------------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def community_page(source: PageSource, parcellation: str) -> Page:
         "key": parcellation, "partition": first["key"], "run": first.get("run"), "model": first.get("model"), "method": first.get("method"),
         "notes": json.loads(first.get("notes") or "{}"), "settings": json.loads(first.get("settings") or "{}"), "blocks": shown,
         "flows": _flows(source, first, keys), "exhibits": _exhibits(_removals(source, first, {block["key"]: block.get("index") for block in blocks})),
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip
 
 
 def _flows(source: PageSource, partition: Mapping[str, Any], members: pl.DataFrame) -> list[list[Any]]:
@@ -178,10 +178,11 @@ def _flows(source: PageSource, partition: Mapping[str, Any], members: pl.DataFra
     return [plain(row) for row in summed.sort(["abs_weight", "from", "to"], descending=[True, False, False]).iter_rows()]
 
 
-_KEPT = {
-    "title": "What each task keeps with a part alone", "question": "Is a part enough for the task that it belongs to?",
-    "reading": "Each cell is φ on the row's task with the column's part alone kept, over its 95 % interval: 1 is all of the effect, 0 nothing.",
-}  # fmt: skip
+def _kept(exhibit: Exhibit) -> Exhibit:
+    """An exhibit of removals said of parts that are kept alone."""
+    reading = "Each cell is φ on the row's task with the column's part alone kept, over its 95 % interval: 1 is all of the effect, 0 nothing."
+    question = "Is a part enough for the task that it belongs to?"
+    return replace(exhibit, title="What each task keeps with a part alone", question=question, reading=reading)
 
 
 def _removals(source: PageSource, partition: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[Exhibit]:
@@ -193,13 +194,13 @@ def _removals(source: PageSource, partition: Mapping[str, Any], numbers: Mapping
     scores = scores.filter(pl.col("task") != "pooled").with_columns(number.alias("number"))
     random = pl.when(pl.col("method") == partition.get("method")).then(pl.lit("")).otherwise(pl.lit("random like "))
     scores = scores.with_columns(pl.concat_str(random, pl.lit("community "), pl.col("number").cast(pl.String)).alias("removed"))
-    shown = []
+    shown: list[Exhibit] = []
     for kind, treatment in (("completeness", "removed"), ("faithfulness", "kept alone")):
         for (metric, baseline), rows in scores.filter(pl.col("kind") == kind).group_by("metric", "baseline", maintain_order=True):
             ordered = rows.sort("number", "removed", "task").select("task", "removed", "value", "low", "high", "n")
             fixed = f"each community {treatment}; {metric}, baseline {baseline}, run {partition.get('run')}"
             made = removal_exhibit(ordered, fixed, quantity="φ", name=f"communities-{kind}-{len(shown)}")
-            shown.append(made if kind == "completeness" else replace(made, **_KEPT))
+            shown.append(made if kind == "completeness" else _kept(made))
     return shown
 
 
@@ -247,4 +248,4 @@ def comparison_page(source: PageSource, comparison: str) -> Page:
     return plain({
         "key": found.key, "kind": found.kind, "a": found.a, "b": found.b, "matching": found.matching, "settings": found.settings,
         "notes": found.notes, "exhibits": _exhibits(exhibits(found)), "tables": tables,
-    })  # type: ignore[no-any-return]  # fmt: skip
+    })  # fmt: skip

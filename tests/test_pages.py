@@ -189,6 +189,13 @@ def test_an_atlas_without_statistics_has_its_pages(source: PageSource) -> None:
     assert set(contents(bare)["pages"]) == set(contents(source)["pages"])
 
 
+def test_features_are_found_by_their_labels(source: PageSource) -> None:
+    bare = PageSource(source.store, None, source.atlas)
+    assert [row["key"] for row in answer(bare, "search", {"text": "Plain"})["found"]] == [key_of("resid_4", 1)]
+    assert answer(source, "search", {"text": "  "})["found"] == []
+    assert {row["key"] for row in answer(source, "search", {"text": "dogs"})["found"]} <= {key_of(site, i) for site in SITES for i in range(6)}
+
+
 def test_values_are_what_json_has() -> None:
     assert plain({"a": float("nan"), 1: [float("inf"), 2.5], "b": None, "c": Path("x")}) == {"a": None, "1": [None, 2.5], "b": None, "c": "x"}
 
