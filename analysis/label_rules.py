@@ -334,7 +334,7 @@ def place_rule(edges: pl.DataFrame, features: pl.DataFrame, n_layers: int, names
 
 def _placed(known: pl.DataFrame, n_layers: int) -> pl.DataFrame:
     """Labels, evidence and confidence of `place_rule` from its counts and shares."""
-    layer = pl.col("site").str.extract(r"_(\d+)$").cast(pl.Int64).fill_null(0)
+    layer = pl.col("site").str.extract(r"_(\d+)$").cast(pl.Int64).fill_null(-1)
     depth = (layer + 1) / n_layers
     known = known.with_columns(
         pl.col("n_in", "n_out").fill_null(0), pl.col("from_errors", "from_embed", "to_output", "to_errors", "top").fill_null(0.0),

@@ -58,7 +58,7 @@ SITES: Mapping[str, pl.DataType] = MappingProxyType({"model": pl.String(), "dict
 
 _IDENTITY = ("key", "kind", "rule", "source")
 _RANK = "CASE kind WHEN 'hand' THEN 0 WHEN 'file' THEN 1 WHEN 'neuronpedia' THEN 2 ELSE 3 END"
-_BEST_FIRST = f"{_RANK}, rule <> '{SUMMARY}', rule <> '{TOKENS}', written DESC, rule, source"
+_BEST_FIRST = f"{_RANK}, rule <> '{SUMMARY}', rule <> '{TOKENS}', CASE WHEN kind <> 'automatic' THEN written END DESC, rule, source"
 _A_NAME = f"(kind <> 'automatic' OR rule IN ('{SUMMARY}', '{TOKENS}'))"
 
 
@@ -243,7 +243,7 @@ def list_labels(
     rows = statistics.query(
         "SELECT * FROM feature_labels WHERE ($kind IS NULL OR kind = $kind) AND ($site IS NULL OR site = $site)"
         f" AND ($model IS NULL OR starts_with(model, $model)) AND ($rule IS NULL OR rule = $rule)"
-        f" ORDER BY model, coalesce(try_cast(regexp_extract(site, '_(\\d+)$', 1) AS INTEGER), -1), site, feature, {_BEST_FIRST}",
+        f" ORDER BY model, coalesce(try_cast(regexp_extract(site, '_(\\d+)$', 1) AS INTEGER), -1), site, feature, key, {_BEST_FIRST}",
         {"kind": kind and str(kind), "site": site, "model": model, "rule": rule},
     )
     return _labels(rows)
