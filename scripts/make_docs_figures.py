@@ -39,8 +39,8 @@ MEASURE = (
 
 FIGURES_OF = (
     Figure("faithfulness", "plot.html", "plot --task agreement --output plot.html"),
-    Figure("communities", "communities.html", "analyze communities --no-scan --seeds 2 --nulls 3 --held-out 4 --largest 4 --control-draws 1 --no-write "
-           "--gallery communities.html", place=1),
+    Figure("communities", "communities.html", "analyze communities --no-scan --seeds 2 --nulls 3 --held-out 4 --largest 4 --control-draws 1 "
+           "--no-write --gallery communities.html", place=1),
     Figure("vision", "vision.html", "analyze vision --gallery vision.html", place=1),
     Figure("regions", "rois.html", "analyze rois --sites resid_11 --nulls 3 --gallery rois.html"),
     Figure("ablate-rois", "ablate.html", "analyze ablate-rois --held-out 3 --blocks 6 --drives 6 --random-draws 1 --shares 0.05,0.2,0.5,1 "
@@ -87,6 +87,7 @@ def circuit(work: Path) -> None:
 def save(work: Path, figures: list[Figure]) -> None:
     """Each figure of a page as a file of `FIGURES`."""
     from playwright.sync_api import sync_playwright
+
     from tests.chromium import CHROMIUM
 
     with sync_playwright() as play:
