@@ -93,7 +93,7 @@ def export_command(
         if format.whole:
             n_nodes, n_edges = _export_whole(store, output, format)
         else:
-            selection = {"threshold": threshold, "by": by, "task": task, "sequence": sequence, "positions": positions}
+            selection: dict[str, object] = {"threshold": threshold, "by": by, "task": task, "sequence": sequence, "positions": positions}
             cut = _circuit(store, circuit, run, edges, selection)
             n_nodes, n_edges = cut.n_nodes, cut.n_edges
             with console.saving(output):

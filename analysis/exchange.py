@@ -64,9 +64,9 @@ def circuit_frames(circuit: Circuit, names: pl.DataFrame | None = None) -> Graph
     """The circuit's nodes and edges; `names` (`key`, `name`) gives the labels, without it a node is called by its site and index."""
     given = pl.DataFrame(schema={"key": pl.String, "name": pl.String}) if names is None else names.select("key", "name").unique("key")
     plain = pl.when(pl.col("kind") == "feature").then(pl.concat_str("site", pl.lit("/"), pl.col("index").cast(pl.String)))
-    plain = plain.when(pl.col("kind") == "error").then(pl.concat_str(pl.lit("error of "), "site")).otherwise(pl.col("site"))
+    called = plain.when(pl.col("kind") == "error").then(pl.concat_str(pl.lit("error of "), "site")).otherwise(pl.col("site"))
     nodes = circuit.nodes.join(given, on="key", how="left", maintain_order="left").with_columns(
-        pl.coalesce("name", plain).alias("label"), node_ids(pl.col("key"), pl.col("pos")).alias("id")
+        pl.coalesce("name", called).alias("label"), node_ids(pl.col("key"), pl.col("pos")).alias("id")
     )
     edges = circuit.edges.select(
         node_ids(pl.col("source"), pl.col("src_pos")).alias("source"), node_ids(pl.col("target"), pl.col("dest_pos")).alias("target"),

@@ -122,7 +122,7 @@ def parse_attribution_graph(content: object, name: str = "the graph") -> Attribu
 
 
 def _of_type(value: object, kind: type, where: str) -> Any:
-    names = {dict: "an object", list: "a list", str: "a text"}
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a text"}
     if not isinstance(value, kind):
         raise NotAnAttributionGraph(f"{where} is not {names[kind]}: an attribution graph is an object with metadata, nodes and links")
     return value

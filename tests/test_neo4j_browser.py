@@ -227,7 +227,7 @@ def test_the_real_browser_shows_the_style_the_guide_and_the_saved_queries(
         assert rules["node.Output"]["color"] in fills
         assert {rules[f"node.{label}"]["color"] for label in ("Embedding", "Residual.L0", "Mlp.L1", "Error")} & set(fills)
         assert set(fills) <= {rule.get("color") for selector, rule in rules.items() if selector.startswith("node")}
-        texts = " ".join(page.locator("svg g.node text").all_inner_texts())
+        texts = " ".join(page.locator("svg g.node text").all_text_contents())
         assert "logit" in texts
         page.evaluate(files.saved.read_text(encoding="utf-8"))
         page.wait_for_timeout(4000)  # the page is loaded anew
