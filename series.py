@@ -368,9 +368,16 @@ def _compared(runs: tuple[str, str], found: Matching, options: SeriesOptions) ->
 
 
 def _significant(found: Matching) -> pl.DataFrame:
-    """The mutual nearest neighbours over all sites that are beyond chance: source, target, score."""
-    wanted = pl.col("significant") & pl.col("mutual") & (pl.col("method") == MatchMethod.ALL_SITES.value)
-    return found.pairs.filter(wanted).select("source", "target", "score")
+    """The mutual nearest neighbours beyond chance, one to one: source, target, score.
+
+    Between the same sites where the models have the same ones: an edge from layer 0 to layer 1 has its counterpart there. Else over all sites.
+    """
+    same = set(found.sites["site_a"]) == set(found.sites["site_b"])
+    among = (pl.col("method") == MatchMethod.SITE_PAIRS.value) & (pl.col("site_a") == pl.col("site_b")) if same else _OVER_ALL
+    return found.pairs.filter(pl.col("significant") & pl.col("mutual") & among).select("source", "target", "score")
+
+
+_OVER_ALL = pl.col("method") == MatchMethod.ALL_SITES.value
 
 
 def _overall(found: Matching) -> pl.DataFrame:

@@ -5,7 +5,7 @@ import polars as pl
 from . import console
 from .analysis.edge_overlap import PERMUTED, REWIRED
 from .analysis.faithfulness import ATTRIBUTION, POOLED
-from .analysis.series_gallery import SHARED_EDGES, beside_last, last, solved_from
+from .analysis.series_gallery import SHARED_EDGES, beside_last, last, matched_share, solved_from
 from .queries.series import SeriesRecord
 
 
@@ -42,13 +42,17 @@ def _graph_row(record: SeriesRecord, member: dict[str, object]) -> tuple[object,
     area = record.frames["areas"].filter(here & (pl.col("area") == "CPR") & (pl.col("task") == POOLED))
     cpr = dict(area.select("method", "value").iter_rows())
     ours, random = cpr.get(ATTRIBUTION), next((value for method, value in cpr.items() if method != ATTRIBUTION), None)
-    features = beside_last(record, "matching").filter(here) if "matching" in record.frames else pl.DataFrame()
+    matched = matched_share(beside_last(record, "sites").filter(here)) if "sites" in record.frames else (None, None)
     shared = beside_last(record, "values").filter(here & (pl.col("quantity") == SHARED_EDGES)) if "values" in record.frames else pl.DataFrame()
-    numbers = [_percent(features[column][0]) if features.height else None for column in ("share_a", "null_share")]
-    chance = dict(shared.select("null", "null_mean").iter_rows()) if shared.height else {}
-    edges = [_number(shared["value"][0]) if shared.height else None, *(_number(chance.get(null)) for null in (REWIRED, PERMUTED))]
-    return (member["name"], f"{graph['edges']:,}", f"{graph['effective_edges']:.0f}", _number(ours), _number(random), *numbers, *edges)
+    chance = {null: _chance(mean, z) for null, mean, z in shared.select("null", "null_mean", "z").iter_rows()} if shared.height else {}
+    edges = [_number(shared["value"][0]) if shared.height else None, *(chance.get(null) for null in (REWIRED, PERMUTED))]
+    return (member["name"], f"{graph['edges']:,}", f"{graph['effective_edges']:.0f}", _number(ours), _number(random), *map(_percent, matched), *edges)
 
 
 def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f}"
+
+
+def _chance(mean: float | None, z: float | None) -> str | None:
+    """What chance gives, and how many of its standard deviations the value lies above it."""
+    return None if mean is None else f"{mean:.2f}" if z is None else f"{mean:.2f} (z {z:+.1f})"

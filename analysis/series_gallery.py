@@ -53,6 +53,13 @@ def last(record: SeriesRecord) -> str:
     return str(record.frames["members"].sort("x")["name"][-1])
 
 
+def matched_share(sites: pl.DataFrame) -> tuple[float | None, float | None]:
+    """The share of a model's live features that have a counterpart on the same site of the other, and what chance gives; None without such sites."""
+    same = sites.filter(pl.col("site_a") == pl.col("site_b"))
+    live = int(same["n_a"].sum())
+    return (float(same["n_matched"].sum()) / live, float((same["null_share"] * same["n_a"]).sum()) / live) if live else (None, None)
+
+
 def solved_from(record: SeriesRecord, level: float = 0.9) -> pl.DataFrame:
     """`task`, and the first place from which on accuracy stays at least at `level`; null where it never does."""
     tasks = record.frames["tasks"].filter(pl.col("label").is_null()).sort("x", descending=True)
@@ -96,14 +103,18 @@ def _dictionaries(record: SeriesRecord) -> Exhibit | None:
     )  # fmt: skip
 
 
+_DETERMINED = (pl.col("high") - pl.col("low")).fill_null(float("inf")) <= 1.0
+
+
 def _faithfulness(record: SeriesRecord) -> Exhibit:
     rows = record.frames["areas"].filter(pl.col("area") == "CPR")
     chance = rows.filter(pl.col("method") == RANDOM).select("x", "task", pl.col("value").alias("null"))
     ours = rows.filter(pl.col("method") == ATTRIBUTION).join(chance, on=["x", "task"], how="left")
-    cpr = ours.select("x", "name", pl.col("task").alias("line"), "value", "low", "high", "null")
+    cpr = ours.filter(_DETERMINED).select("x", "name", pl.col("task").alias("line"), "value", "low", "high", "null")
     points = record.frames["faithfulness"].filter(pl.col("method") == ATTRIBUTION)
     percent = (pl.col("share") * 100).round_sig_figs(1).cast(pl.String).str.strip_suffix(".0") + pl.lit(" % of the edges")
-    by_share = points.filter((pl.col("task") == POOLED) & (pl.col("share") > 0)).select("x", "name", percent.alias("line"), "value", "low", "high")
+    shown = points.filter((pl.col("task") == POOLED) & (pl.col("share") > 0) & _DETERMINED)
+    by_share = shown.select("x", "name", percent.alias("line"), "value", "low", "high")
     gap = (pl.col("full_value") - pl.col("empty_value")).alias("value")
     effect = points.filter(pl.col("share") >= 1.0).select("x", "name", pl.col("task").alias("line"), gap)
     panels = [
@@ -115,7 +126,7 @@ def _faithfulness(record: SeriesRecord) -> Exhibit:
         "faithfulness", "How faithful the circuits are", "From when on does a small part of the graph do what the whole model does?",
         "edge ablation to the run's own baseline, sequences that the circuits were not found on; φ is a ratio of means; bands: bootstrap, 95 %",
         "φ is 1 for the whole model and 0 for none of it; dotted: random edges of equal number. Before a task is solved there is nothing to explain, "
-        "and φ is a ratio of two small numbers.",
+        "and φ is a ratio of two small numbers: points whose interval is wider than 1 are left out (the table has them).",
         lines_figure(panels, axis=record.axis, title="How faithful the circuits are", columns=3), rows,
     )  # fmt: skip
 
@@ -181,12 +192,14 @@ def _sites(record: SeriesRecord) -> Exhibit | None:
 
 SHARED_EDGES = "weighted Jaccard, mean over sizes"
 """The number of a comparison that says in one how much two graphs share, without asking for a size."""
+RANKS = "Spearman, all edges"
+"""Whether edges that are strong in one graph are strong in the other; an edge that one lacks has strength 0 there."""
 _LINES = {"shared": "edges shared", REWIRED: "if rewired", PERMUTED: "if counterparts are exchanged"}
 
 
-def _shared_lines(rows: pl.DataFrame) -> pl.DataFrame:
-    """Edges shared, and what two kinds of chance give, as three lines."""
-    found = rows.filter((pl.col("part") == EDGES) & (pl.col("quantity") == SHARED_EDGES))
+def _shared_lines(rows: pl.DataFrame, quantity: str | None = None) -> pl.DataFrame:
+    """A number of shared edges, and what two kinds of chance give, as three lines."""
+    found = rows.filter((pl.col("part") == EDGES) & (pl.col("quantity") == (quantity or SHARED_EDGES)))
     shared = found.unique(["x", "name"], maintain_order=True).with_columns(pl.lit("shared").alias("null"), pl.col("value").alias("null_mean"))
     nulls = found.filter(pl.col("null").is_in([REWIRED, PERMUTED]))
     lines = pl.concat([shared.with_columns(pl.lit(None, pl.Float64).alias("null_low"), pl.lit(None, pl.Float64).alias("null_high")), nulls])
@@ -203,11 +216,12 @@ def _edges(record: SeriesRecord) -> Exhibit | None:
     whole = (pl.col("part") == "coverage") & pl.col("quantity").str.starts_with("strength of") & (pl.col("site") == "")
     covered = beside_last(record, "values").filter(whole).select("x", "name", pl.col("quantity").alias("line"), "value")
     panels.append(Panel("strength between matched nodes", covered, "share", SHARE))
+    panels.append(Panel("ranks of all edges, beside the last", _shared_lines(beside_last(record, "values"), RANKS), "Spearman's ρ", (-1.03, 1.03)))
     return Exhibit(
         "edges", "When the last model's edges appear", "Is what drives what in the last model already there?",
         "edges between matched features; strengths as shares of each graph's; by chance: the other graph rewired with its degrees and layers kept, "
         "or counterparts exchanged at random inside their sites",
         "Weighted Jaccard over sizes from one to all edges, each decade of sizes alike. Where nearly all pairs are joined, rewiring changes nothing: "
         "then exchanged counterparts say what chance gives.",
-        lines_figure(panels, axis=record.axis, title="When edges appear", columns=3), record.frames["values"],
+        lines_figure(panels, axis=record.axis, title="When edges appear"), record.frames["values"],
     )  # fmt: skip

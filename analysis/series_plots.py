@@ -54,7 +54,9 @@ def axis_of(places: Sequence[float], title: str) -> Axis:
 
 
 def written(x: float) -> str:
-    """A place as it is written: 3000 as 3k, 135e6 as 135M."""
+    """A place as it is written: 3000 as it is, 20000 as 20k, 135e6 as 135M."""
+    if abs(x) < 10_000:
+        return f"{x:g}"
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= unit:
             return f"{x / unit:.3g}{name}"
@@ -82,7 +84,7 @@ def lines_figure(panels: Sequence[Panel], *, axis: str, title: str, subtitle: st
     legend_once(figure)
     style(figure, title, subtitle, 150 + 330 * rows, notes=notes, legend=len(names) > 1)
     at, text = zip(*_thinned(places.ticks), strict=True)
-    figure.update_xaxes(tickvals=list(at), ticktext=list(text), title_text=places.title)
+    figure.update_xaxes(tickvals=list(at), ticktext=list(text), title_text=places.title, tickangle=0, tickfont_size=11.5)
     return figure
 
 
@@ -91,7 +93,7 @@ def pen_of(number: int) -> Pen:
     return Pen(COLOURS[number % len(COLOURS)], _DASHES[number // len(COLOURS) % 3], _SYMBOLS[number // len(COLOURS) % 3], 2.4)
 
 
-def _thinned(ticks: Sequence[tuple[float, str]], most: int = 9) -> Sequence[tuple[float, str]]:
+def _thinned(ticks: Sequence[tuple[float, str]], most: int = 7) -> Sequence[tuple[float, str]]:
     """The ticks, those left out that would stand too close to the one before: the axis holds about `most`."""
     least = (ticks[-1][0] - ticks[0][0]) / most
     kept: list[tuple[float, str]] = []

@@ -213,9 +213,9 @@ def test_when_a_task_is_solved_by_hand() -> None:
 def test_an_axis_that_spans_much_is_logarithmic_with_zero_beside_the_least() -> None:
     axis = axis_of([0, 32, 64, 3000], "step")
     assert axis.where == {0: 4.0, 32: 5.0, 64: 6.0, 3000: math.log2(3000)}
-    assert axis.ticks[-1][1] == "3k"
+    assert axis.ticks[-1][1] == "3000"
     assert axis_of([1, 2, 3], "step").where == {1: 1, 2: 2, 3: 3}
-    assert [written(x) for x in (0, 512, 1500, 135e6, 1.4e9)] == ["0", "512", "1.5k", "135M", "1.4B"]
+    assert [written(x) for x in (0, 512, 1500, 16000, 135e6, 1.4e9)] == ["0", "512", "1500", "16k", "135M", "1.4B"]
 
 
 def test_lines_escape_names_and_draw_what_chance_gives() -> None:
