@@ -162,16 +162,22 @@ def _id(label: str, key: str) -> str:
 
 def _name(label: str, properties: Mapping[str, Any]) -> str:
     """What a node is called in a drawing: its label, else what its properties say."""
+    key = str(properties["key"])
     own = properties.get("label") or properties.get("automatic_label")
     if own:
         return str(own)
     site = properties.get("site")
     if label == "Feature":
         kind = properties.get("kind")
-        return f"{site}/{properties.get('index')}" if kind == "feature" else f"error of {site}" if kind == "error" else str(site or properties["key"])
+        return f"{site}/{properties.get('index')}" if kind == "feature" else f"error of {site}" if kind == "error" else str(site or key)
     if label == "Block" and site is not None:
         return f"{properties.get('kind')} {properties.get('index')} of {site}" if site else f"{properties.get('kind')} {properties.get('index')}"
+    if label == "Score" and properties.get("kind"):
+        value = properties.get("value")
+        return f"{properties['kind']} {value:.3g}" if isinstance(value, float) else str(properties["kind"])
+    if label == "Circuit":
+        return f"{properties.get('task') or 'circuit'}, {properties['n_edges']} edges" if properties.get("n_edges") else key[:12]
     for name in ("name", "task", "clean", "site", "kind"):
         if properties.get(name):
             return str(properties[name])
-    return str(properties["key"])[:12]
+    return key[:12]

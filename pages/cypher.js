@@ -7,7 +7,7 @@
 
   const KEPT = 60; // queries of the history
   const ROWS_AT_ONCE = 250;
-  const FEW_EDGES = 80; // of which each may carry its type
+  const FEW_EDGES = 30; // of which each may carry its name
   const FORCE_AT_MOST = 400; // nodes that the force layout takes without a pause
   const HISTORY = "featlas-cypher-history", DRAFT = "featlas-cypher-draft";
   const LABEL_COLOURS = {
@@ -151,8 +151,9 @@
   // --- the named queries, the schema, the history -------------------------------------------------------------------
 
   function showQueries() {
-    const wanted = parts.filter.value.trim().toLowerCase();
-    const fitting = state.listed.queries.filter((query) => `${query.name} ${query.doc}`.toLowerCase().includes(wanted));
+    const wanted = parts.filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const said = (query) => `${query.name} ${query.name.replaceAll("_", " ")} ${query.doc}`.toLowerCase();
+    const fitting = state.listed.queries.filter((query) => wanted.every((word) => said(query).includes(word)));
     parts.queries.replaceChildren(...fitting.map((query) =>
       h("button", { className: "cy-item", "data-query": query.name, title: query.doc, onclick: () => choose(query) },
         h("b", {}, query.name.replaceAll("_", " ")), h("span", {}, query.doc))));
@@ -255,7 +256,7 @@
   function setParameters(given) {
     const any = given && Object.keys(given).length > 0;
     parts.parameters.value = any ? JSON.stringify(given) : "";
-    parts.parametersBox.open = Boolean(any);
+    parts.parametersBox.open = Boolean(any) && parts.form.hidden;
   }
 
   async function run() {
@@ -460,9 +461,14 @@
       return { group: "edges", data: {
         ...edge, id: identity(edge), sign: typeof weight !== "number" ? 0 : Math.sign(weight),
         width: typeof weight === "number" ? 1 + 4 * Math.sqrt(Math.abs(weight) / heaviest) : 1.3,
-        caption: edge.type === "row" || edge.type === "path" ? (weight === undefined ? "" : number(weight)) : edge.type + (weight === undefined ? "" : ` ${number(weight)}`),
       } };
     }));
+    // an edge is called by its type where there are several, and by its weight where it has one
+    const types = new Set(chart.edges().map((edge) => edge.data("type")));
+    chart.edges().forEach((edge) => {
+      const { type, properties } = edge.data(), weight = typeof properties.weight === "number" ? Number(properties.weight.toPrecision(2)) : "";
+      edge.data("caption", types.size > 1 && type !== "row" && type !== "path" ? `${type} ${weight}`.trim() : `${weight}`);
+    });
     chart.edges().toggleClass("named", chart.edges().length <= FEW_EDGES);
     const cut = state.answer.graph.cut ? " (the first of more)" : "";
     parts.count.textContent = `${chart.nodes().length} nodes, ${chart.edges().length} edges${cut}`;
@@ -510,6 +516,8 @@
     if (name === "layers") {
       const positions = layerPositions(chart);
       chart.layout({ name: "preset", positions: (node) => positions[node.id()], fit: true, padding: 40 }).run();
+    } else if (!chart.edges().length) {
+      chart.layout({ name: "grid", fit: true, padding: 40, avoidOverlapPadding: 30 }).run();
     } else if (name === "force") {
       chart.layout({
         name: "cose", animate: false, randomize: true, fit: true, padding: 40, nodeRepulsion: () => 9000, idealEdgeLength: () => 90, nodeDimensionsIncludeLabels: true,

@@ -13,6 +13,7 @@ queries (`POST api/query`), which the databases run as reading, within limits of
 message being the database's own where it refused a query.
 """
 
+import asyncio
 import ipaddress
 import logging
 import re
@@ -368,4 +369,11 @@ def address_of(bound: socket.socket, token: str) -> str:
 def serve(app: Guard, bound: socket.socket) -> None:
     """Answer requests until interrupted (Ctrl-C, SIGTERM). The address, which holds the token, is not logged."""
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off")
+    logging.getLogger("uvicorn.error").addFilter(_unless_cut_off)
     uvicorn.Server(config).run(sockets=[bound])
+
+
+def _unless_cut_off(record: logging.LogRecord) -> bool:
+    """Whether a line of the log says more than that a request was cut off by the end of the server."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and "graceful shutdown exceeded" not in record.getMessage()

@@ -14,6 +14,7 @@ Reading queries run in a session of read access: the server itself refuses to wr
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ CONNECTION_TIMEOUT_S = 10.0
 ROWS_PER_STATEMENT = 20_000
 ROWS_PER_TRANSACTION = 100_000  # of idempotent merges; a sequence is never split
 EDGES_PER_RECORD = 100_000
+# strings, quoted names and comments, in which a word is no statement
+_NO_CODE = re.compile(r"""//[^\n]*|/\*.*?\*/|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""", re.DOTALL)
+_LOADING = re.compile(r"\bLOAD\s+CSV\b", re.IGNORECASE)
 
 
 class Neo4jStore(GraphStore):
@@ -114,6 +118,8 @@ class Neo4jStore(GraphStore):
     ) -> Answer:
         if write and self.read_only:
             raise WriteRefused("the graph was opened read-only")
+        if not write and _LOADING.search(_NO_CODE.sub(" ", cypher)):
+            raise WriteRefused("LOAD CSV reads files and addresses")
         within = limits or QueryLimits()
         access = neo4j.WRITE_ACCESS if write else neo4j.READ_ACCESS
         with _readable_errors(self.uri, self._database, users_query=True, seconds=within.seconds), self._session(access) as session:
