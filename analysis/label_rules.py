@@ -44,6 +44,9 @@ RULED: Mapping[str, pl.DataType] = {
     "key": pl.String(), "rule": pl.String(), "label": pl.String(), "evidence": pl.String(), "confidence": pl.Float64(), "source": pl.String(),
 }  # fmt: skip
 
+DIGITS = 10
+"""Shares are rounded to so many, so that sums taken in another order neither differ nor change the order of ties."""
+
 N_TOKENS = 3
 LEAST_SHARE = 0.1  # of a token that is named beside the first
 CLASS_SHARE = 0.5
@@ -100,7 +103,7 @@ def empty() -> pl.DataFrame:
 def _ruled(rows: pl.DataFrame, rule: Rule, source: str | pl.Expr) -> pl.DataFrame:
     """Rows with `key, label, evidence, confidence` as `RULED`, by key."""
     value = pl.lit(source) if isinstance(source, str) else source
-    known = rows.with_columns(rule=pl.lit(str(rule)), source=value)
+    known = rows.with_columns(pl.col("confidence").round(DIGITS), rule=pl.lit(str(rule)), source=value)
     return known.select(pl.col(name).cast(dtype) for name, dtype in RULED.items()).sort("key")
 
 
@@ -167,7 +170,8 @@ def token_shares(found: Occurrences) -> pl.DataFrame:
     rows = pl.DataFrame({"feature": entries.col[active], "code": code[entries.row[active]], "value": entries.data[active].astype(np.float64)})
     counts = pl.DataFrame({"code": code}).group_by("code").len("n_token")
     by_token = rows.group_by("feature", "code").agg(pl.col("value").sum(), pl.len().alias("n")).join(counts, on="code")
-    whole = by_token.with_columns(share=pl.col("value") / pl.col("value").sum().over("feature"), n_active=pl.col("n").sum().over("feature"))
+    share = (pl.col("value") / pl.col("value").sum().over("feature")).round(DIGITS)
+    whole = by_token.with_columns(share=share, n_active=pl.col("n").sum().over("feature"))
     named = whole.with_columns(key=pl.Series(found.keys, dtype=pl.String).gather(whole["feature"]), token=types.gather(whole["code"]))
     return named.sort(["key", "share", "token"], descending=[False, True, False]).select("key", "token", "share", "n", "n_token", "n_active")
 
@@ -271,7 +275,7 @@ def task_shares(sent: pl.DataFrame, tasks: pl.DataFrame) -> pl.DataFrame:
     part = sent.with_columns(part=pl.col("sent") / pl.col("sent").sum().over("run", "sequence"))
     sums = part.group_by("key", "task").agg(pl.col("part").sum(), pl.len().alias("n"))
     mean = sums.join(tasks.group_by("task").agg(pl.col("n").sum().alias("n_task")), on="task").with_columns(mean=pl.col("part") / pl.col("n_task"))
-    shares = mean.with_columns(share=pl.col("mean") / pl.col("mean").sum().over("key"), n_sent=pl.col("n").sum().over("key"))
+    shares = mean.with_columns(share=(pl.col("mean") / pl.col("mean").sum().over("key")).round(DIGITS), n_sent=pl.col("n").sum().over("key"))
     return shares.sort(["key", "share", "task"], descending=[False, True, False]).select("key", "task", "share", "n", "n_task", "n_sent")
 
 
@@ -305,10 +309,10 @@ def place_rule(edges: pl.DataFrame, features: pl.DataFrame, n_layers: int, names
     joined = edges.with_columns(part=pl.col("abs_weight") / pl.col("abs_weight").sum().over("run"))
     ends = ["source", "source_site", "source_kind", "target", "target_site", "target_kind"]
     pairs = joined.group_by(ends).agg(pl.col("part").sum())
-    out = pairs.with_columns(share=pl.col("part") / pl.col("part").sum().over("source")).sort(
+    out = pairs.with_columns(share=(pl.col("part") / pl.col("part").sum().over("source")).round(DIGITS)).sort(
         ["source", "share", "target"], descending=[False, True, False]
     )  # fmt: skip
-    inward = pairs.with_columns(share=pl.col("part") / pl.col("part").sum().over("target"))
+    inward = pairs.with_columns(share=(pl.col("part") / pl.col("part").sum().over("target")).round(DIGITS))
     number = dict(features.select("key", pl.col("feature").cast(pl.String)).iter_rows())
     whom = (
         pl.when(pl.col("target_kind") == "output").then(pl.lit("the output"))
