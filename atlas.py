@@ -52,10 +52,10 @@ from .queries.subgraphs import RunRow, find_run, run_sequences
 if TYPE_CHECKING:
     import igraph
     import networkx
-    from plotly.graph_objects import Figure
 
     from .analysis.gallery import Exhibit
     from .analysis.parcellation import Parcellation
+    from .analysis.plots import Figure
     from .queries.samples import SampleRun
 
 __all__ = ["Atlas", "AtlasCircuit", "AtlasFeature", "AtlasRun"]

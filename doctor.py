@@ -207,13 +207,14 @@ def _stores(atlas: Path) -> Iterator[Check]:
 
         from .queries.schema import SCHEMA_VERSION
         from .queries.store import open_graph
+        from .queries.subgraphs import model_features
 
         with tempfile.TemporaryDirectory(prefix="featlas-doctor-") as name:
             began = time.monotonic()
             with open_graph(Path(name)) as store:
-                store.merge_nodes("Feature", pl.DataFrame([{"key": "a"}, {"key": "b"}]))
+                store.merge_nodes("Feature", pl.DataFrame([{"key": "a", "model": "m"}, {"key": "b", "model": "m"}]))
             with open_graph(Path(name), read_only=True) as store:
-                n = store.query("MATCH (f:Feature) RETURN count(f) AS n")["n"][0]
+                n = model_features(store, "m").height
             return f"made, written and read ({n} nodes) in {time.monotonic() - began:.1f} s; schema version {SCHEMA_VERSION}"
 
     def statistics() -> str:
