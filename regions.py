@@ -23,9 +23,11 @@ from .analysis.regions_store import label_block, read_parcellation, write_parcel
 from .errors import UserError
 from .model.dictionaries import Dictionary
 from .model.sites import Site
+from .queries.labels import LabelKind, best_labels
 from .queries.partitions import NoSuchParcellation, user_labels
 from .queries.samples import SampleRun, SampleStore
-from .queries.statistics import StatisticsStore
+from .queries.schema import feature_key
+from .queries.statistics import FILE_NAME, StatisticsStore
 from .queries.store import GraphStore
 
 _LABEL = re.compile(r"([a-z]+(?:_\d+)?)/(\d+)(?:@(\d+))?=(.*)", re.DOTALL)
@@ -81,9 +83,23 @@ def find_regions(
 def described(
     store: SampleStore, run: SampleRun, parcellation: Parcellation, dictionaries: Mapping[Site, Dictionary] | None, labels: pl.DataFrame | None
 ) -> Regions:
-    """The blocks with all that is known of them; `labels` as `user_labels` gives them."""
-    found = describe(parcellation, lambda site: store.read(run.key, site), run.sequences, store.tokens(run.key), dictionaries=dictionaries)
+    """The blocks with all that is known of them; `labels` as `user_labels` gives them. Features that have been named name their blocks."""
+    found = describe(
+        parcellation, lambda site: store.read(run.key, site), run.sequences, store.tokens(run.key), dictionaries=dictionaries,
+        feature_labels=_feature_names(store.folder.parent, run),
+    )  # fmt: skip
     return Regions(parcellation, found if labels is None else found.with_labels(labels), run)
+
+
+def _feature_names(atlas: Path, run: SampleRun) -> pl.DataFrame | None:
+    """What people, files and Neuronpedia call the features of a run of samples: `site, feature, label`; None where nobody has named any."""
+    if not (atlas / FILE_NAME).exists():
+        return None
+    with StatisticsStore(atlas, read_only=True) as statistics:
+        names = best_labels(statistics).filter((pl.col("kind") != LabelKind.AUTOMATIC) & (pl.col("model") == run.model))
+    stems = [feature_key(run.model, dictionary, site, "") for site, dictionary in run.dictionaries.items()]
+    own = names.filter(pl.any_horizontal(pl.lit(False), *(pl.col("key").str.starts_with(stem) for stem in stems)))
+    return own.select("site", "feature", "label") if own.height else None
 
 
 def keep(atlas: Path, parcellation: Parcellation, named: Sequence[NamedBlock]) -> pl.DataFrame:

@@ -67,7 +67,8 @@ def show_automatic(found: "Automatic", n: int) -> None:
     rows = []
     for rule, count in counts.items():
         sure = found.labels.filter(pl.col("rule") == rule)["confidence"].drop_nulls()
-        rows.append((rule, f"{count:,}", "" if sure.is_empty() else f"{sure.median():.2f}", "" if sure.is_empty() else f"{(sure >= 0.5).sum():,}"))
+        middle = sure.median()
+        rows.append((rule, f"{count:,}", f"{middle:.2f}" if isinstance(middle, float) else "", f"{(sure >= 0.5).sum():,}" if len(sure) else ""))
     console.table(("rule", "features", "median confidence", "0.5 or more"), rows)
     names = dict(found.features.select("key", name=pl.concat_str("site", pl.lit("/"), pl.col("feature").cast(pl.String))).iter_rows())
     for rule in counts:

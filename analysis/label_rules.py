@@ -22,7 +22,7 @@ from enum import StrEnum
 
 import numpy as np
 import polars as pl
-from scipy import sparse
+from scipy import sparse  # type: ignore[import-untyped]
 
 from ..queries.samples import SiteSamples
 from .notes import SEPARATOR
@@ -243,8 +243,8 @@ def class_rule(found: Occurrences) -> pl.DataFrame:
 
 def decoder_rule(promoted: pl.DataFrame, keys: pl.DataFrame, n_vocabulary: int, source: str) -> pl.DataFrame:
     """The tokens that features promote and suppress (`promoted.PROMOTED`), as `RULED`; `keys`: `site, feature, key`."""
-    order = {"by": ["key", "promotes", "rank"], "descending": [False, True, False]}
-    rows = promoted.join(keys, on=["site", "feature"]).filter(pl.col("rank") < N_TOKENS).sort(**order)
+    known = promoted.join(keys, on=["site", "feature"]).filter(pl.col("rank") < N_TOKENS)
+    rows = known.sort("key", "promotes", "rank", descending=[False, True, False])
     signed = pl.concat_str(pl.when(pl.col("z") > 0).then(pl.lit("+")).otherwise(pl.lit("−")), pl.col("z").abs().round(1).cast(pl.String))
     rows = rows.with_columns(said=pl.concat_str(quoted(pl.col("token")), pl.lit(" "), signed), shown=shown(pl.col("token")))
     by_key = rows.group_by("key", maintain_order=True).agg(

@@ -99,7 +99,7 @@ def labelled_features(store: GraphStore, statistics: StatisticsStore, model: str
     return rows if sites is None else rows.filter(pl.col("site").is_in(list(sites)))
 
 
-def model_of(store: GraphStore, statistics: StatisticsStore, name: str | None = None) -> str:
+def model_of(store: GraphStore | None, statistics: StatisticsStore, name: str | None = None) -> str:
     """The only model of an atlas, or the one whose key begins so. Raises `NothingToLabel`."""
     models = known_sites(store, statistics)["model"].unique(maintain_order=True).to_list()
     fitting = [model for model in models if name is None or model.startswith(name)]

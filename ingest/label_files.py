@@ -133,7 +133,7 @@ def _number(value: object, name: str, kind: type) -> Any:
     try:
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
-        number = kind(value.strip()) if isinstance(value, str) else kind(value)  # type: ignore[call-overload]
+        number = kind(value.strip()) if isinstance(value, str) else kind(value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{name} {value!r} is no {'whole number' if kind is int else 'number'}") from None
     if kind is int and not 0 <= number < 2**31:

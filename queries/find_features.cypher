@@ -3,6 +3,6 @@
 // $limit: int = 20
 MATCH (f:Feature)
 WHERE f.label CONTAINS $text
-RETURN f.key AS feature, f.site AS site, f.`index` AS number, f.label AS label, f.frequency AS frequency
+RETURN f.key AS feature, f.site AS site, f.`index` AS number, f.label AS label, f.label_kind AS label_kind, f.frequency AS frequency
 ORDER BY feature
 LIMIT $limit
