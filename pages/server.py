@@ -21,7 +21,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -37,6 +37,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import FeatlasError, UserError
 from ..queries.library import NamedQuery, bound_query, list_queries, parameter_choices
@@ -54,9 +55,6 @@ LONGEST_S, MOST_ROWS = 300.0, 10_000
 LARGEST_REQUEST = 2**20  # bytes
 LARGEST_ANSWER = 64 * 2**20
 QUERIES_AT_ONCE = 4
-
-Scope, Message = dict[str, Any], dict[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
 
 
 class NotLoopback(UserError):
@@ -234,7 +232,7 @@ def _errors(app: FastAPI) -> None:
 class Guard:
     """Refuses requests that were not meant for this server, or do not know its token, and sets the headers of every answer."""
 
-    app: Callable[[Scope, Receive, Send], Awaitable[None]]
+    app: ASGIApp
     token: str = field(repr=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -125,13 +125,13 @@ class Neo4jStore(GraphStore):
         with _readable_errors(self.uri, self._database, users_query=True, seconds=within.seconds), self._session(access) as session:
             if write:
                 # Not a managed transaction: CALL … IN TRANSACTIONS must be the one to begin them.
-                names, rows = _fetch(session.run(neo4j.Query(cypher, timeout=within.seconds), dict(parameters or {})), within.rows)  # type: ignore[arg-type]
+                names, rows = _fetch(session.run(neo4j.Query(cypher, timeout=within.seconds), dict(parameters or {})), within.rows)
                 keys = session.execute_read(_keys_of_ends, rows)
             else:
                 work = neo4j.unit_of_work(timeout=within.seconds)(lambda tx: _reading(tx, cypher, parameters, within.rows))
                 names, rows, keys = session.execute_read(work)
-        rows, cut = cut_to(rows, within.rows)
-        return Answer(names, [[_plain(row[i], keys) for row in rows] for i in range(len(names))], cut)
+        shown, cut = cut_to(rows, within.rows)
+        return Answer(names, [[_plain(row[i], keys) for row in shown] for i in range(len(names))], cut)
 
     def _read_edges(self, edge: EdgeType, only: EdgeFilter) -> pl.DataFrame:
         # A group's records are large, those of a sequence small: one a source.

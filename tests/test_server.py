@@ -279,9 +279,9 @@ def test_a_neo4j_graph_is_served_alike(clean_neo4j, tmp_path: Path, monkeypatch:
         assert client.get("/api/queries").json()["dialect"] == "neo4j"
         assert ask(client, "RETURN 'LOAD CSV' AS x // LOAD CSV")["rows"] == [["LOAD CSV"]]
         for text in (
-            "CREATE (:Feature {key: 'x'})", "MATCH (f:Feature) SET f.label = 'x'", "MATCH (f) DETACH DELETE f", "CREATE INDEX FOR (f:Feature) ON (f.x)",
-            "CALL { CREATE (:Feature {key: 'x'}) } IN TRANSACTIONS", "LOAD CSV FROM 'file:///x.csv' AS row RETURN row",
-            "load/**/csv FROM 'x' AS r RETURN r", "MERGE (f:Feature {key: 'x'}) RETURN f",
+            "CREATE (:Feature {key: 'x'})", "MATCH (f:Feature) SET f.label = 'x'", "MATCH (f) DETACH DELETE f",
+            "CREATE INDEX FOR (f:Feature) ON (f.x)", "CALL { CREATE (:Feature {key: 'x'}) } IN TRANSACTIONS",
+            "LOAD CSV FROM 'file:///x.csv' AS row RETURN row", "load/**/csv FROM 'x' AS r RETURN r", "MERGE (f:Feature {key: 'x'}) RETURN f",
         ):  # fmt: skip
             answer = client.post("/api/query", json={"cypher": text})
             assert answer.status_code == 400, (text, answer.text)
