@@ -527,7 +527,7 @@ class AtlasCircuit:
              "positions": list(path.positions), "weights": list(path.weights)}
             for path in found
         ]  # fmt: skip
-        types = {"score": pl.Float64, "path": pl.String, "nodes": pl.List(pl.String), "positions": pl.List(pl.Int64), "weights": pl.List(pl.Float64)}
+        types: dict[str, Any] = {"score": pl.Float64, "path": pl.String, "nodes": pl.List(pl.String), "positions": pl.List(pl.Int64), "weights": pl.List(pl.Float64)}
         return pl.DataFrame(rows, schema=types)
 
     @property
@@ -621,7 +621,8 @@ class AtlasFeature:
         return self._neighbours("feature_outputs", run, limit)
 
     def _neighbours(self, query: str, run: str | None, limit: int) -> pl.DataFrame:
-        return self.atlas.query(query, feature=self.key, limit=limit, **({} if run is None else {"run": run}))
+        named: dict[str, Any] = {} if run is None else {"run": run}
+        return self.atlas.query(query, feature=self.key, limit=limit, **named)
 
     @property
     def wired_inputs(self) -> pl.DataFrame:

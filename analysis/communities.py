@@ -265,7 +265,7 @@ def _missing(name: str, method: Method) -> MissingPackage:
 
 def _leiden(graph: EffectiveGraph, options: CommunityOptions) -> Found:
     try:
-        import igraph  # type: ignore[import-untyped]
+        import igraph
         import leidenalg  # type: ignore[import-untyped]
     except ImportError as error:
         raise _missing(error.name or "leidenalg", Method.LEIDEN) from None

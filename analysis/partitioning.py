@@ -36,7 +36,7 @@ from .graph_tool import GraphToolFailed, GraphToolMissing, GraphToolTimeout, Nes
 from .parcellation import FloatArray, IntArray, PartitionPath, by_size
 
 if TYPE_CHECKING:
-    from igraph import Graph  # type: ignore[import-untyped]
+    from igraph import Graph
 
 HIERARCHY_FINEST = 4.0
 """Ward's path begins at this many times √n blocks (or at `n_blocks`, if that is more): half as many features in a block again are no region."""

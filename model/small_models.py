@@ -329,7 +329,7 @@ def _step(module: Any, optimizer: torch.optim.Optimizer, tokens: Tensor, targets
     if not torch.isfinite(loss):
         raise TrainingFailed(f"the loss is {loss.item()}: lower the learning rate")
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
     return int((targets != _IGNORED).sum())

@@ -61,7 +61,8 @@ def find_node(store: GraphStore, name: str) -> dict[str, object]:
     Raises `UnknownFeature`.
     """
     site, _, index = name.rpartition("/")
-    by_place, given = "f.key = $name", {"name": name}
+    by_place: str = "f.key = $name"
+    given: dict[str, object] = {"name": name}
     if "|" not in name and site:
         by_place = "f.site = $site AND " + ("f.kind = 'error'" if index == "error" else "f.`index` = $number AND f.kind = 'feature'")
         given = {"site": site} if index == "error" else {"site": site, "number": _number(name, index)}

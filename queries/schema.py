@@ -186,7 +186,7 @@ _EDGES = (
     EdgeType(
         "DRIVES", _BLOCKS, {"run": STRING}, {"weight_sum": DOUBLE, "weight_mean": DOUBLE, "abs_sum": DOUBLE, "n": INT64}, indexed=("run",)
     ),
-    # Two features that are one across models or dictionaries, stored once, smaller key → larger: `score` is their correlation on the same text, `method`
+    # Two features that are one across models or dictionaries, stored once, smaller key → larger: `score` their correlation on the same text, `method`
     # what it was searched among (all-sites, site-pairs), `matching` the key of the matching in the statistics.
     EdgeType("MATCHES", _FEATURES, {"method": STRING}, {"score": DOUBLE, "matching": STRING, "mutual": BOOL, "assigned": BOOL}),
     # The mark that a sequence is done: at most one between a run and a sequence.

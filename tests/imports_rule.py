@@ -20,7 +20,7 @@ ONLY_IN = {
     "graphdatascience": {"queries/gds.py"},
     "py2neo": set(),
     "duckdb": {"queries/statistics.py", "queries/keys.py"},
-    "plotly": {"analysis/plots.py", "analysis/region_plots.py", "analysis/comparison_plots.py", "analysis/matching_plots.py", "analysis/series_plots.py"},
+    "plotly": {f"analysis/{name}plots.py" for name in ("", "region_", "comparison_", "matching_", "series_")},
     "fastapi": {"pages/server.py"},
     "uvicorn": {"pages/server.py"},
     "ot": {"analysis/transport.py"},
