@@ -527,7 +527,8 @@ class AtlasCircuit:
              "positions": list(path.positions), "weights": list(path.weights)}
             for path in found
         ]  # fmt: skip
-        types: dict[str, Any] = {"score": pl.Float64, "path": pl.String, "nodes": pl.List(pl.String), "positions": pl.List(pl.Int64), "weights": pl.List(pl.Float64)}
+        lists = {"nodes": pl.List(pl.String), "positions": pl.List(pl.Int64), "weights": pl.List(pl.Float64)}
+        types: dict[str, Any] = {"score": pl.Float64, "path": pl.String, **lists}
         return pl.DataFrame(rows, schema=types)
 
     @property
