@@ -11,8 +11,10 @@ from importlib.metadata import version as installed
 from pathlib import Path
 
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.util import logging
 from sphinx.writers.html5 import HTML5Translator
 
 project = "featlas"
@@ -36,7 +38,7 @@ html_theme_options = {
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "amsmath", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 4
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]  # Pygments knows older Cypher
 
 # The tutorial takes its first hour's steps on a real model: FEATLAS_DOCS_EXECUTE=0 leaves its cells without results.
 nb_execution_mode = "off" if os.environ.get("FEATLAS_DOCS_EXECUTE") == "0" else "force"
@@ -58,13 +60,22 @@ _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _ITEM = re.compile(r"(\d+\.|-) ")
 
 
+def _formula(node: nodes.Element, *, block: bool) -> str:
+    """MathML of a formula; one that cannot be read is a warning that names it."""
+    try:
+        return tex2mathml(node.astext(), as_block=block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
+        return ""
+
+
 def _inline_math(self: HTML5Translator, node: nodes.math) -> None:
-    self.body.append(tex2mathml(node.astext()))
+    self.body.append(_formula(node, block=False))
     raise nodes.SkipNode
 
 
 def _display_math(self: HTML5Translator, node: nodes.math_block) -> None:
-    self.body.append(f'<div class="math-block">{tex2mathml(node.astext(), as_block=True)}</div>')
+    self.body.append(f'<div class="math-block">{_formula(node, block=True)}</div>')
     raise nodes.SkipNode
 
 
