@@ -82,6 +82,8 @@ def lines_figure(panels: Sequence[Panel], *, axis: str, title: str, subtitle: st
         if panel.limits is not None and not panel.log:
             figure.update_yaxes(range=list(panel.limits), row=row, col=column)
     legend_once(figure)
+    for rank, trace in enumerate(figure.data):
+        trace.legendrank = rank
     style(figure, title, subtitle, 150 + 330 * rows, notes=notes, legend=len(names) > 1)
     at, text = zip(*_thinned(places.ticks), strict=True)
     figure.update_xaxes(tickvals=list(at), ticktext=list(text), title_text=places.title, tickangle=0, tickfont_size=11.5)

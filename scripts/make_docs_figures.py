@@ -48,6 +48,9 @@ FIGURES_OF = (
     Figure("heads", "heads.html", "analyze heads --site resid_11 --limit 8 --parcellation latest --gallery heads.html"),
     Figure("effects", "effects.html", "analyze effects --edges 60 --held-out 4 --gallery effects.html"),
     Figure("agreement", "agreement.html", "analyze agreement --plot agreement.html"),
+    Figure("compare", "comparison.html", "compare --task agreement --other-task ioi --plot comparison.html"),
+    Figure("series", "series.html", "demo --series --atlas series-atlas --output series.html"),
+    Figure("matching", "matching.html", "analyze match --atlas series-atlas --gallery matching.html"),
     Figure("report", "report.html", "report --output report.html", screenshot=True),
 )  # fmt: skip
 DRAWINGS = (
@@ -59,7 +62,7 @@ DRAWINGS = (
 def featlas(work: Path, command: str) -> None:
     """One command in the folder, on its atlas where it takes one."""
     words = [sys.executable, "-m", "featlas.cli", *command.split()]
-    if "vision" not in words:
+    if "vision" not in words and "--atlas" not in words:
         words += ["--atlas", "atlas"]
     print("featlas", command, flush=True)
     subprocess.run(words, cwd=work, check=True)
