@@ -35,7 +35,7 @@ from ..queries.subgraphs import RunRow, find_run, list_runs, run_sequences
 from .commands import commands_of, next_commands
 from .features import feature_page, feature_pages, feature_table, named, sequence_tokens
 from .source import Page, PageSource, plain, records, table
-from .studies import community_page, comparison_page, comparisons_of, matching_page, matchings_of, region_page, sweep_page
+from .studies import community_page, comparison_page, comparisons_of, matching_page, matchings_of, region_page, series_of, series_page, sweep_page
 
 __all__ = ["PAGES", "PageSource", "UnknownPage", "answer", "circuit_page", "feature_page", "feature_pages", "overview", "run_page", "search"]
 
@@ -58,7 +58,7 @@ class BadPageParameter(UserError):
 
 
 def overview(source: PageSource) -> Page:
-    """Everything that an atlas holds, one row each: models, runs, circuits, sweeps, partitions, matchings, comparisons, counts, commands."""
+    """Everything that an atlas holds, one row each: models, runs, circuits, sweeps, partitions, matchings, comparisons, series, counts, commands."""
     runs = list_runs(source.store)
     partitions = partitions_of(source.store)
     by_key: dict[str, list[Page]] = {}
@@ -76,6 +76,7 @@ def overview(source: PageSource) -> Page:
         "communities": [_communities_row(rows[0]) for rows in by_key.values() if rows[0].get("basis") == "effective"],
         "matchings": matchings_of(source),
         "comparisons": comparisons_of(source),
+        "series": series_of(source),
         "counts": count_all(source.store),
         "commands": commands_of(source.atlas, runs),
     }
@@ -275,7 +276,8 @@ def search(source: PageSource, text: str = "") -> Page:
 
 PAGES: Mapping[str, Callable[..., Page]] = MappingProxyType({
     "overview": overview, "run": run_page, "circuit": circuit_page, "feature": feature_page, "features": feature_table, "region": region_page,
-    "community": community_page, "sweep": sweep_page, "matching": matching_page, "comparison": comparison_page, "search": search,
+    "community": community_page, "sweep": sweep_page, "matching": matching_page, "comparison": comparison_page, "series": series_page,
+    "search": search,
 })  # fmt: skip
 """What `atlas.get` can be asked for, by name."""
 

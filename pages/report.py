@@ -1,7 +1,7 @@
 """A whole atlas as one HTML file that opens offline.
 
 1. `contents` asks `payload` for every page that the file can show: the overview, each run with its circuits (of all sequences, of each task, of some
-   sequences, and those that were saved), sweeps, regions, communities, matchings, comparisons, and the features that any of these name.
+   sequences, and those that were saved), sweeps, regions, communities, matchings, comparisons, series, and the features that any of these name.
 2. `render` puts them, compressed, into the page.
 
 What a file cannot hold without end is cut to the strongest: edges of a circuit, sequences, features; the page says what was left out.
@@ -18,7 +18,7 @@ from .document import document, embedded
 from .features import feature_pages, feature_table
 from .payload import DRAWN_EDGES, circuit_page, overview, run_page
 from .source import Page, PageSource
-from .studies import community_page, comparison_page, matching_page, region_page, sweep_page
+from .studies import community_page, comparison_page, matching_page, region_page, series_page, sweep_page
 
 Progress = Callable[[int, int, str], None]
 
@@ -67,7 +67,7 @@ def contents(source: PageSource, options: ReportOptions = ReportOptions(), progr
     steps += [(f"sweep {row['subject']}", partial(_add_sweep, found, source, row)) for row in summary["sweeps"]]
     for section, name, add in (
         ("parcellations", "key", _add_regions), ("communities", "parcellation", _add_communities), ("matchings", "matching", _add_matching),
-        ("comparisons", "comparison", _add_comparison),
+        ("comparisons", "comparison", _add_comparison), ("series", "series", _add_series),
     ):  # fmt: skip
         steps += [(f"{section} {row[name]}", partial(add, found, source, row[name])) for row in summary[section]]
     steps.append(("features", partial(_add_features, found, source, options)))
@@ -169,6 +169,10 @@ def _add_matching(found: _Contents, source: PageSource, key: str) -> None:
 
 def _add_comparison(found: _Contents, source: PageSource, key: str) -> None:
     found.add("comparison", comparison_page(source, key), comparison=key)
+
+
+def _add_series(found: _Contents, source: PageSource, key: str) -> None:
+    found.add("series", series_page(source, key), series=key)
 
 
 def _add_features(found: _Contents, source: PageSource, options: ReportOptions) -> None:

@@ -1,4 +1,4 @@
-// The sections of the page, one tab each: what the atlas holds, its circuits, features, sweeps, regions, communities, matchings, comparisons.
+// The sections of the page, one tab each: what the atlas holds, its circuits, features, sweeps, regions, communities, matchings, comparisons, series.
 (() => {
   "use strict";
   const { atlas, el, table, frame, figure, exhibit, number, signed, percent, shown, address, go, addTab, showFeature, drawGraph, featureNames, mixed, RAMP } = window.featlas;
@@ -10,7 +10,7 @@
     const select = el("select", { onchange: () => change(select.value) }, options.map(([value, text]) => el("option", { value, selected: value === chosen }, text)));
     return options.length > 1 ? el("label", {}, label, select) : null;
   };
-  const fresh = (changes) => ({ tab: null, run: null, circuit: null, sequence: null, task: null, partition: null, block: null, subject: null, baseline: null, matching: null, comparison: null, edges: null, least: null, by: null, threshold: null, ...changes });
+  const fresh = (changes) => ({ tab: null, run: null, circuit: null, sequence: null, task: null, partition: null, block: null, subject: null, baseline: null, matching: null, comparison: null, series: null, edges: null, least: null, by: null, threshold: null, ...changes });
   const nodeButton = (node, text) => el("button", { type: "button", class: `node ${node.kind || ""}`, onclick: () => showFeature(node.key) }, shown(text ?? node.name ?? node.key).slice(0, 44), el("small", {}, node.site));
 
   // --- overview --------------------------------------------------------------------------------------------------------
@@ -18,7 +18,7 @@
   const NODES = ["Model", "Feature", "Sequence", "Run", "Circuit", "Score", "Partition", "Block"];
   const overview = async (element) => {
     const all = await atlas.get("overview");
-    const tiles = [["runs", all.runs.length, "circuits"], ["circuits", all.circuits.length, "circuits"], ["sweeps", all.sweeps.length, "faithfulness"], ["parcellations", all.parcellations.length, "regions"], ["divisions into communities", all.communities.length, "communities"], ["matchings", all.matchings.length, "matching"], ["comparisons", all.comparisons.length, "comparisons"], ["features", all.counts.Feature || 0, "features"]].filter(([, n]) => n);
+    const tiles = [["runs", all.runs.length, "circuits"], ["circuits", all.circuits.length, "circuits"], ["sweeps", all.sweeps.length, "faithfulness"], ["parcellations", all.parcellations.length, "regions"], ["divisions into communities", all.communities.length, "communities"], ["matchings", all.matchings.length, "matching"], ["comparisons", all.comparisons.length, "comparisons"], ["series of models", all.series.length, "series"], ["features", all.counts.Feature || 0, "features"]].filter(([, n]) => n);
     element.append(...head(all.atlas, all.models.map((model) => `${model.key}${model.n_layers ? `, ${model.n_layers} layers, ${model.d_model} wide` : ""}`).join(" · ")).filter(Boolean),
       el("div", { class: "numbers" }, tiles.map(([name, n, tab]) => el("button", { type: "button", onclick: () => go(fresh({ tab })) }, el("b", {}, number(n)), name))));
     const section = (title, ...children) => element.append(el("h2", {}, title), ...children.flat().filter(Boolean));
@@ -37,6 +37,7 @@
       ...all.communities.map((c) => [{ tab: "communities", partition: c.parcellation }, `Communities: ${c.method}`, `${number(c.n_blocks)} communities, ${c.notes.quantity || "modularity"} ${number(c.notes.modularity)}, run ${String(c.run).slice(0, 8)}`]),
       ...all.matchings.map((m) => [{ tab: "matching", matching: m.matching }, `Matching: ${m.model_a} and ${m.model_b}`, `${number(m.n_matched)} pairs, ${percent(m.share_a)} of A`]),
       ...all.comparisons.map((c) => [{ tab: "comparisons", comparison: c.comparison }, `Comparison: ${c.a} and ${c.b}`, c.kind]),
+      ...all.series.map((s) => [{ tab: "series", series: s.series }, `Series: ${s.title}`, `${s.models.length} models by ${s.axis}, ${s.models[0]} to ${s.models[s.models.length - 1]}`]),
     ];
     if (studies.length) section("Studies", el("div", { class: "cards" }, studies.map(([changes, title, text]) => el("a", { class: "card", href: `#${window.featlas.query(changes)}` }, el("b", {}, title), el("span", { class: "soft small" }, text)))));
     if (all.statistics.length) section("Statistics", table(["run", "corpus", "basis", "status", "sequences", "tokens", "model"], all.statistics.map((r) => [r.run.slice(0, 8), r.corpus, r.basis, r.status, r.sequences, r.tokens, r.model])));
@@ -301,6 +302,18 @@
     if (rows.length) element.append(el("h2", {}, "Settings"), settings(rows));
   };
 
+  // --- series of models ------------------------------------------------------------------------------------------------
+
+  const series = async (element, now) => {
+    const { series: every } = await atlas.get("overview");
+    const chosen = every.find((s) => s.series === now.series) || every[0], page = await atlas.get("series", { series: chosen.series });
+    element.append(...head(page.title, `${page.members.rows.length} models by ${page.axis}`).filter(Boolean),
+      el("div", { class: "row" }, picker("series", every.map((s) => [s.series, `${s.title}, ${s.series.slice(0, 8)}`]), chosen.series, (value) => go(fresh({ tab: "series", series: value })))));
+    element.append(...page.exhibits.map(exhibit), el("h2", {}, "Models"), frame(page.members));
+    const rows = Object.entries(page.settings).map(([name, value]) => [name, plain(value)]).filter(([, value]) => value !== null);
+    if (rows.length) element.append(el("h2", {}, "Settings"), settings(rows));
+  };
+
   // --- all of them -----------------------------------------------------------------------------------------------------
 
   const begin = async () => {
@@ -310,7 +323,7 @@
     const tabs = [
       ["Overview", overview, true], ["Circuits", circuits, all.runs.length], ["Features", features, all.counts.Feature], ["Faithfulness", faithfulness, all.sweeps.length],
       ["Regions", regions, all.parcellations.length], ["Communities", communities, all.communities.length], ["Matching", matching, all.matchings.length],
-      ["Comparisons", comparisons, all.comparisons.length],
+      ["Comparisons", comparisons, all.comparisons.length], ["Series", series, all.series.length],
     ];
     tabs.forEach(([name, render, there], order) => { if (there) addTab(name, render, { order }); });
     await window.featlas.start();

@@ -1,4 +1,4 @@
-"""What pages say of studies: sweeps, regions, communities, matchings and comparisons, each as exhibits and tables.
+"""What pages say of studies: sweeps, regions, communities, matchings, comparisons and series, each as exhibits and tables.
 
 An exhibit is a figure (as plotly.js takes it) with its question, what is held fixed, how to read it, what it found and its numbers.
 """
@@ -18,12 +18,14 @@ from ..analysis.plots import Figure
 from ..analysis.region_gallery import path_exhibits, regions_known
 from ..analysis.regions_store import read_parcellation
 from ..analysis.scores import read_sweep
+from ..analysis.series_gallery import series_exhibits
 from ..errors import UserError
 from ..queries.blocks import drives_of
 from ..queries.library import run_query
 from ..queries.matches import list_matchings, read_matches, read_site_pairs
 from ..queries.pages import block_members, chosen_blocks, nodes_of, partitions_of, swept
 from ..queries.partitions import stored_parcellations
+from ..queries.series import list_series, read_series
 from ..queries.statistics import StatisticsStore
 from ..queries.subgraphs import find_run
 from .features import named
@@ -248,4 +250,25 @@ def comparison_page(source: PageSource, comparison: str) -> Page:
     return plain({
         "key": found.key, "kind": found.kind, "a": found.a, "b": found.b, "matching": found.matching, "settings": found.settings,
         "notes": found.notes, "exhibits": _exhibits(exhibits(found)), "tables": tables,
+    })  # fmt: skip
+
+
+# --- series -----------------------------------------------------------------------------------------------------------
+
+
+def series_of(source: PageSource) -> list[Page]:
+    """The series of models that were measured, one row each."""
+    return [
+        {"series": record.key, "title": record.title, "axis": record.axis, "models": record.frames["members"].sort("x")["name"].to_list()}
+        for record in list_series(source.atlas)
+    ]
+
+
+def series_page(source: PageSource, series: str) -> Page:
+    """A series: its models, its exhibits, its settings. Raises `NoSeries`."""
+    record = read_series(source.atlas, series)
+    members = record.frames["members"].sort("x").select("name", "x", "loss", "parameters", "model", "run")
+    return plain({
+        "series": record.key, "title": record.title, "axis": record.axis, "members": table(members), "settings": record.settings,
+        "exhibits": _exhibits(series_exhibits(record)),
     })  # fmt: skip

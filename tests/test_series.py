@@ -11,7 +11,10 @@ from featlas.analysis.circuits import Circuit, Selection
 from featlas.analysis.series_gallery import beside_last, beside_previous, series_page, solved_from
 from featlas.analysis.series_plots import Panel, axis_of, lines_figure, written
 from featlas.model.small_models import SmallModelOptions, train_small_model
+from featlas.pages.payload import answer
+from featlas.pages.source import PageSource
 from featlas.queries.series import NoSeries, SeriesRecord, list_series, put_part, read_part, read_series, write_series
+from featlas.queries.store import open_graph
 from featlas.series import (
     BadSeries,
     SeriesOptions,
@@ -268,3 +271,17 @@ def test_mistakes_are_one_line(featlas: Callable[..., tuple[int, str, str]], arg
     code, _, err = featlas("series", *arguments)
     assert (code, len(err.strip().splitlines())) == (2, 1)
     assert said in err
+
+
+# -- on the page
+
+
+def test_a_series_stands_on_the_page_of_its_atlas(measured: tuple[Path, SeriesRecord]) -> None:
+    atlas, record = measured
+    with open_graph(atlas, read_only=True) as store:
+        source = PageSource(store, None, atlas)
+        (row,) = answer(source, "overview")["series"]
+        assert row == {"series": record.key, "title": "Tiny <b>", "axis": "step", "models": ["step0", "step32", "step64"]}
+        page = answer(source, "series", {"series": record.key})
+    assert [exhibit["name"] for exhibit in page["exhibits"]][:2] == ["abilities", "dictionaries"]
+    assert json.loads(json.dumps(page, allow_nan=False))["members"]["rows"][0][0] == "step0"
