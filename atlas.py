@@ -38,13 +38,17 @@ from .analysis.circuits import (
     strongest_paths,
     top_nodes,
 )
+from .analysis.comparisons_store import list_comparisons, read_comparison
 from .analysis.notes import CONTEXTS, feature_notes, readable, strongest_contexts
 from .analysis.scores import estimated_and_measured
 from .errors import UserError
 from .options import open_atlas
 from .queries.inventory import circuits_of_node, find_node, find_nodes, list_models
+from .queries.labels import list_labels, search_labels
 from .queries.library import list_queries, run_query
+from .queries.matches import list_matchings, matched_features, read_site_pairs
 from .queries.partitions import find_parcellation, stored_parcellations
+from .queries.series import list_series
 from .queries.statistics import FILE_NAME, StatisticsStore
 from .queries.store import GraphStore
 from .queries.subgraphs import RunRow, find_run, run_sequences
@@ -53,10 +57,12 @@ if TYPE_CHECKING:
     import igraph
     import networkx
 
+    from .analysis.comparison_records import Comparison
     from .analysis.gallery import Exhibit
     from .analysis.parcellation import Parcellation
     from .analysis.plots import Figure
     from .queries.samples import SampleRun
+    from .queries.series import SeriesRecord
 
 __all__ = ["Atlas", "AtlasCircuit", "AtlasFeature", "AtlasRun"]
 
@@ -304,6 +310,51 @@ class Atlas:
             return pl.DataFrame()
         with self.statistics_store() as statistics:
             return statistics.runs()
+
+    # -- labels, and other models --------------------------------------------------------------------------------------------
+
+    @property
+    def labels(self) -> pl.DataFrame:
+        """Every label of every kind, by model, site and feature, the best first."""
+        with self.statistics_store() as statistics:
+            return list_labels(statistics)
+
+    def search(self, text: str, limit: int = 20, *, site: str | None = None) -> pl.DataFrame:
+        """Features whose labels, tokens or contexts have the words of a text, best first."""
+        with self.store() as store, self.statistics_store() as statistics:
+            return search_labels(store, statistics, text, limit, site=site)
+
+    @property
+    def matchings(self) -> pl.DataFrame:
+        """Matchings of features across models, the last made first."""
+        with self.statistics_store() as statistics:
+            return list_matchings(statistics)
+
+    def matches(self, matching: str | None = None) -> pl.DataFrame:
+        """The one-to-one matches of a matching, the one made last unless named: `source`, `target`, `score`, best first."""
+        with self.statistics_store() as statistics:
+            return matched_features(statistics, matching)
+
+    def site_pairs(self, matching: str | None = None) -> pl.DataFrame:
+        """Each pair of sites of a matching: features matched with what chance gives, CKA, SVCCA."""
+        with self.statistics_store() as statistics:
+            return read_site_pairs(statistics, matching)
+
+    @property
+    def comparisons(self) -> pl.DataFrame:
+        """Comparisons of graphs that were kept, the last made first."""
+        with self.statistics_store() as statistics:
+            return list_comparisons(statistics)
+
+    def comparison(self, name: str | None = None) -> "Comparison":
+        """A comparison with its frames `values`, `curves`, `links`; the one made last unless named."""
+        with self.statistics_store() as statistics:
+            return read_comparison(statistics, name)
+
+    @property
+    def series(self) -> "list[SeriesRecord]":
+        """The series of models that were measured; `.frames` of each are its numbers."""
+        return list_series(self.path)
 
     def feature_statistics(self, site: str | None = None, run: str | None = None) -> pl.DataFrame:
         """Moments of every node (frequency, mean, variance, …) in a run of statistics, the last unless given."""

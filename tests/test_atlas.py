@@ -200,3 +200,23 @@ def test_notebook_texts_are_escaped(tiny, tmp_path):
     texts = [atlas._repr_html_(), run._repr_html_(), circuit._repr_html_(), atlas.feature(circuit.top(1)["key"][0])._repr_html_()]
     assert all(not re.search("<script", text) for text in texts)
     assert any("&lt;script" in text for text in texts)
+
+
+def test_labels_and_comparisons_are_those_of_the_commands(tiny, tmp_path, featlas):
+    folder = tiny.copied(tmp_path)
+    atlas = Atlas(folder)
+    key = atlas.features()["key"][0]
+    code, _, err = featlas("labels", "set", key, "plural nouns", "--atlas", folder)
+    assert code == 0, err
+    assert atlas.labels.select("key", "label", "kind").row(0) == (key, "plural nouns", "hand")
+    assert atlas.search("Plural")["key"].to_list() == [key]
+    run = tiny.runs["main"]
+    code, _, err = featlas("compare", run, run, "--only", "edges", "--draws", 1, "--atlas", folder)
+    assert code == 0, err
+    assert atlas.comparisons.height == 1
+    values = atlas.comparison().values
+    assert set(values.filter(pl.col("quantity") == "Jaccard")["value"]) == {1.0}
+    assert atlas.matchings.is_empty()
+    assert atlas.series == []
+    with pytest.raises(UserError, match="analyze match"):
+        atlas.matches()
