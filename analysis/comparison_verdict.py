@@ -37,6 +37,11 @@ def _more(row: dict[str, Any]) -> bool:
     return row["p"] is not None and row["p"] <= SURE
 
 
+def _too_few(found: Comparison, row: dict[str, Any]) -> bool:
+    """Whether no p of so few draws could be small: then a number that is not sure says nothing."""
+    return not _more(row) and 1 / (1 + int(found.settings.get("draws", 0))) > SURE
+
+
 def _covered(found: Comparison) -> list[str]:
     rows = [found.value("coverage", f"strength of {side} between matched nodes") for side in "AB"]
     if any(row is None for row in rows):
@@ -55,15 +60,19 @@ def _edges(found: Comparison) -> list[str]:
         f"Of all edges of either graph {plain['value']:.1%} are in both{_beside(plain)}; weighted by strength {_number(weighted['value'])}"
         f"{_beside(weighted)}."
     ]
+    signs, rank = found.value("edges", "sign agreement"), found.value("edges", "Spearman, shared edges")
     if plain["value"] > 1 - 1e-12 and weighted["value"] > 1 - 1e-9:
-        return ["The graphs have the same edges with the same strengths."]
-    if weighted["null"]:
+        agree = 1.0 if signs is None or signs["value"] is None else signs["value"]
+        opposite = "" if agree == 1 else f", but only {agree:.0%} of them have the same sign"
+        return [f"The graphs have the same edges with the same strengths{opposite}."]
+    if weighted["null"] and _too_few(found, weighted):
+        said.append(f"{found.settings['draws']} draws are too few to say whether that is more than chance: --draws 20 or more can.")
+    elif weighted["null"]:
         moved = found.value("edges", "weighted Jaccard", null=PERMUTED)
         beyond = [name for name, row in (("degrees and layers", weighted), ("which nodes they use", moved)) if row is not None and _more(row)]
         excess = f"; of what they could share beyond degrees and layers they share {_excess(weighted):.1%}" if _excess(weighted) is not None else ""
         more = f"They share more than {', and more than '.join(beyond)}, bring about" if beyond else "They share no more than chance brings about"
         said.append(f"{more}{excess}.")
-    signs, rank = found.value("edges", "sign agreement"), found.value("edges", "Spearman, shared edges")
     if signs is not None and signs["value"] is not None and signs["n"]:
         order = "" if rank is None or rank["value"] is None else f", and their strengths are ordered alike by ρ = {_number(rank['value'])}"
         said.append(f"Of the {signs['n']:,} shared edges {signs['value']:.0%} have the same sign{order}.")
@@ -108,4 +117,10 @@ def _regions(found: Comparison) -> list[str]:
 
 def _joint(found: Comparison) -> list[str]:
     rows = found.values.filter((pl.col("part") == "joint") & (pl.col("quantity") == "shared"))
-    return [f"{row['site']}: {row['value']:.0%} of both models' features lie in the same blocks{_beside(row)}." for row in rows.iter_rows(named=True)]
+    return [
+        f"{row['site']}: " + (
+            "no blocks were found in the joint correlations, so that nothing can be said of what is shared." if row["value"] is None
+            else f"{row['value']:.0%} of both models' features lie in the same blocks{_beside(row)}."
+        )
+        for row in rows.iter_rows(named=True)
+    ]  # fmt: skip

@@ -34,7 +34,7 @@ from .community_nulls import rewired, task_strengths
 from .comparison_records import CURVES, LINKS, VALUES, Comparison, IntArray, Values, together
 from .edge_overlap import PERMUTED, REWIRED, Scale, compare_edges, coverage
 from .graph_profiles import compare_profiles
-from .graph_sides import BadSide, GraphSide, Paired, SideOptions, pair_nodes, read_side
+from .graph_sides import BadSide, GraphSide, Paired, SideOptions, one_to_one, pair_nodes, read_side
 from .parcellation import Parcellation
 from .refinement import Coloured, JointRefinement, quantile_bins, refine_both
 from .region_graphs import MOST_ROUNDS, compare_memberships, compare_regions, drives_of_run, refinement_rows, with_regions
@@ -80,7 +80,7 @@ class CompareOptions:
             raise UserError(f"--bins {self.bins} is too small: give at least 1")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha {self.alpha:g} is out of range: give 0 (what regions are) to 1 (what they drive)")
-        if not self.parts:
+        if not set(self.parts) - {Part.TRANSPORT}:  # which is a part of the regions'
             raise UserError(f"nothing is left to compare: leave out fewer of {', '.join(Part)}")
 
 
@@ -119,7 +119,7 @@ def compare(
     notes = {"pairs": paired.n, "pairs_in_both": int(paired.both.sum()), "without": without}
     progress(len(chosen), len(chosen), "")
     settings = _settings(options)
-    content = json.dumps([_identity(a), _identity(b), matching, settings], sort_keys=True, ensure_ascii=False)
+    content = json.dumps([_identity(a), _identity(b), matching or _pairs_identity(matched), settings], sort_keys=True, ensure_ascii=False)
     return Comparison(
         hashlib.sha256(content.encode()).hexdigest()[:16], "graphs", a.name, b.name, a.run, b.run, a.model, b.model, matching, settings, notes,
         together([one.values for one in found], VALUES), together([one.curves for one in found], CURVES),
@@ -136,11 +136,21 @@ def _settings(options: CompareOptions) -> dict[str, object]:
 
 
 def _identity(side: GraphSide) -> list[object]:
-    """What makes a side what it is: its edges and their strengths, to six digits."""
-    edges = side.nodes["key"].gather(side.source).to_frame("s").with_columns(t=side.nodes["key"].gather(side.target), w=pl.Series(side.weight))
-    text = edges.with_columns(pl.col("w").round_sig_figs(6)).write_csv()
+    """What makes a side what it is: its edges, their weights and strengths, to six digits."""
+    edges = side.nodes["key"].gather(side.source).to_frame("s").with_columns(
+        t=side.nodes["key"].gather(side.target), w=pl.Series(side.weight), strength=pl.Series(side.strength)
+    )  # fmt: skip
+    text = edges.with_columns(pl.col("w", "strength").round_sig_figs(6)).write_csv()
     regions = None if side.regions is None else [side.regions.key, side.regions.measured]
     return [side.run, hashlib.sha256(text.encode()).hexdigest(), regions]
+
+
+def _pairs_identity(matched: pl.DataFrame | None) -> str:
+    """What tells a matching that has no key from another one; empty for the same nodes."""
+    if matched is None:
+        return ""
+    text = one_to_one(matched).with_columns(pl.col("score").cast(pl.Float64).round_sig_figs(6)).write_csv()
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------------

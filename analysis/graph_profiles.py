@@ -59,14 +59,14 @@ def distances(a: FloatArray, b: FloatArray, *, draws: int = 0, seed: int = 0) ->
 
 
 def path_lengths(side: GraphSide, *, weighted: bool) -> FloatArray:
-    """The share of paths of each length (0 … sites − 1) from nodes of the sites without parents to the output, (n_sites,); all 0 without any.
+    """The share of paths of each length (0 … sites − 1) from the inputs (see `GraphSide.roots`) to the output, (n_sites,); all 0 without any.
 
     weighted: each path counts with the product of its edges' shares of the strength that enters their targets. Without an output in the graph, to
     the nodes that no edge leaves.
     """
     n_sites = int(side.order.max(initial=0)) + 1
     ways = np.zeros((side.n, n_sites))
-    ways[np.isin(side.nodes["site"].to_numpy(), side.roots), 0] = 1.0
+    ways[(np.isin(side.nodes["site"].to_numpy(), side.roots) | np.isin(side.nodes["kind"].to_numpy(), side.roots)), 0] = 1.0
     share = np.ones(side.m)
     if weighted:
         into = np.bincount(side.target, side.strength, side.n)

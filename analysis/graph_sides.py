@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..queries.circuits import find_circuit
+from ..queries.schema import feature_key
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow, list_runs, model_features
-from .circuits import By, Candidates, Selection, read_circuit, read_effects, root_sites, run_roots, select, strengths
+from .circuits import By, Candidates, Selection, input_roots, read_circuit, read_effects, root_sites, run_roots, select, strengths
 from .communities import EffectiveGraph
 from .comparison_records import FloatArray, IntArray
 
@@ -84,8 +85,9 @@ class Regions:
 class GraphSide:
     """One of two graphs. name: what it is, in words. nodes: as `NODES`, sorted by site, then key. source, target: (m,) rows of nodes, each pair once.
 
-    weight: (m,) signed. strength: (m,) > 0, by which edges are ranked. roots: names of the sites without parents. tasks, profile: names, and
-    (n, n_tasks) how strong each task's edges at a node are, where that was measured. regions: where features have been put into some.
+    weight: (m,) signed. strength: (m,) > 0, by which edges are ranked. roots: names of the sites without parents, and `error` where nothing enters
+    error nodes. tasks, profile: names, and (n, n_tasks) how strong each task's edges at a node are, where that was measured. regions: where features
+    have been put into some.
     """
 
     name: str
@@ -140,7 +142,7 @@ def read_side(store: GraphStore, name: str | None, options: SideOptions) -> Grap
         found = read_circuit(store, circuit)
         summed = found.edges.group_by("source", "target").agg(pl.col("weight").sum(), pl.col("strength").sum()).sort("source", "target")
         rows = summed.with_columns(pl.lit(-1, dtype=pl.Int64).alias("src_pos"), pl.lit(-1, dtype=pl.Int64).alias("dest_pos"))
-        features, roots = found.nodes, sorted(set(found.nodes.filter(pl.col("role") == "input")["site"]))
+        features, roots = found.nodes, input_roots(found.nodes)
         selection = Selection(run.key, threshold=options.threshold, by=options.by, top_edges=options.top_edges)
         title = f"circuit {circuit[:8]} of run {run.key[:8]}"
     else:
@@ -312,12 +314,13 @@ def _between(side: GraphSide, rows: IntArray) -> Edges:
 def pair_nodes(a: GraphSide, b: GraphSide, matched: pl.DataFrame | None = None) -> Paired:
     """Which node of A is which of B. matched: `source` (key in A), `target` (key in B), `score`; None where both have the same keys.
 
-    A node that only one graph has edges at is paired all the same where the matching, or the other's dictionary, knows what it is there. `site_a`
+    A node that only one graph has edges at is paired all the same where the matching, or the other's dictionary, knows what it is there, and the
+    other's run has that dictionary. `site_a`
     and `site_b` of a matching say where that is; without them it is where most features of its site are matched to.
     Raises `BadMatching` where no feature that both graphs have is paired.
     """
     own = [side.nodes.with_row_index("row").select(pl.col("row").cast(pl.Int64), "key", "site", "kind") for side in (a, b)]
-    features = _same_keys(a, b, *own) if matched is None else _matched_keys(one_to_one(matched), matched, *own)
+    features = _same_keys(a, b, *own) if matched is None else _matched_keys(_known(one_to_one(matched), a, b), matched, *own)
     if features.filter(pl.col("a").is_not_null() & pl.col("b").is_not_null()).is_empty():
         what = "the two graphs have no feature in common" if matched is None else "no matched feature has edges in both graphs"
         raise BadMatching(f"{what}: {a.name} ({a.model}) and {b.name} ({b.model}); match their features with `featlas analyze match`")
@@ -353,6 +356,16 @@ def _same_keys(a: GraphSide, b: GraphSide, of_a: pl.DataFrame, of_b: pl.DataFram
     there = pl.col("a").is_not_null() & pl.col("b").is_not_null()
     kept = pl.lit(True) if anything else there | pl.col("site_a").is_in(sorted(known)) & pl.lit(a.model == b.model)
     return found.filter(kept).with_columns(pl.col("site_a").alias("site_b"), pl.lit(1.0).alias("score"))
+
+
+def _known(pairs: pl.DataFrame, a: GraphSide, b: GraphSide) -> pl.DataFrame:
+    """The pairs both of whose ends are features of their side's dictionaries: a graph lacks no edge at a site that its run did not measure."""
+    for end, side in (("source", a), ("target", b)):
+        if side.dictionaries:
+            there = {feature_key(side.model, dictionary, site, "") for site, dictionary in side.dictionaries.items()}
+            of_site = pl.col(end).str.replace(r"[^|]*$", "")
+            pairs = pairs.filter(of_site.is_in(sorted(there)) | pl.col(end).is_in(side.nodes["key"].to_list()))
+    return pairs
 
 
 def _matched_keys(pairs: pl.DataFrame, matched: pl.DataFrame, of_a: pl.DataFrame, of_b: pl.DataFrame) -> pl.DataFrame:

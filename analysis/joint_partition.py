@@ -43,7 +43,8 @@ class NotAligned(UserError):
 class JointSite:
     """The joint partition of a pair of sites. features_a, features_b: live ones; labels_a, labels_b: their blocks. blocks: as `JOINT_BLOCKS`.
 
-    shared: over both models' features the mean of how far their blocks are shared; null: (draws,) the same of moved text.
+    shared: over both models' features the mean of how far their blocks are shared, NaN where all are in one block, which says nothing; null: the same
+    of each moved text that falls into blocks, at most (draws,).
     """
 
     site_a: str
@@ -116,10 +117,12 @@ def partition_jointly(
         of_null = find_partition(joined(a, moved(b, options.seed + i)), again).labels_of()
         of_a, of_b = (part[part >= 0] for part in (of_null[live[0]], of_null[a.d_sae + live[1]]))
         most = max(int(part.max(initial=0)) for part in (of_a, of_b)) + 1
+        if most == 1:  # no blocks: all features in one is not that they are shared
+            continue
         nulls.append(mean_shared(of_a, of_b, most))
         by_rank.append(np.pad(shared(of_a, of_b, most)[2], (0, max(0, n_blocks - most)))[:n_blocks])
     blocks = _blocks(a, b, live, (labels_a, labels_b), n_blocks, np.array(by_rank).reshape(-1, n_blocks), options)
-    in_all = mean_shared(labels_a, labels_b, n_blocks)
+    in_all = mean_shared(labels_a, labels_b, n_blocks) if n_blocks > 1 else float("nan")
     return JointSite(a.site, b.site, live[0], live[1], labels_a, labels_b, blocks, in_all, np.array(nulls, dtype=np.float64), found)
 
 

@@ -300,10 +300,11 @@ def find_matching(statistics: StatisticsStore, key: str | None = None, *, model_
     chosen = fitting[:1] if key is None else [name for name in fitting if name.startswith(key)]
     if len(chosen) == 1:
         return str(chosen[0])
-    known = "; ".join(f"{row[0]} ({row[2]} and {row[3]})" for row in there.head(8).iter_rows()) or "none: `featlas analyze match` makes one"
+    known = "; ".join(f"{row[0]} ({row[2]} and {row[3]})" for row in there.head(8).iter_rows()) or "none"
+    way_out = "" if chosen else ": `featlas ingest aligned` and `featlas analyze match` make one"
     of = f" of {' and '.join(named)}" if named else ""
     said = f"matching {key!r} is not unique" if chosen else f"no matching{f' {key!r}' if key else ''}{of}"
-    raise NoMatching(f"{said} in {statistics.path}: there are {known}")
+    raise NoMatching(f"{said} in {statistics.path}: there are {known}{way_out}")
 
 
 def read_matches(

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from featlas.analysis.comparison_records import Comparison, Values
+from featlas.analysis.comparison_verdict import verdict
 from featlas.analysis.comparisons_store import list_comparisons
 from featlas.analysis.finding import FindingOptions
 from featlas.analysis.graph_comparison import stored_matching
@@ -168,3 +170,20 @@ def test_moved_text_keeps_what_is_inside_a_model_and_rows_must_be_the_same_segme
     shorter = SiteSamples(b.site, b.dictionary, b.d_sae, b.values[:-1], b.sequence[:-1], b.position[:-1])
     with pytest.raises(NotAligned, match="not the same segments"):
         joined(a, shorter)
+
+
+def test_one_block_of_unrelated_features_is_not_shared() -> None:
+    random = np.random.default_rng(0)
+    sequence, position = np.repeat(np.arange(40), 10), np.tile(np.arange(10), 40)
+    sides = [
+        SiteSamples(name, name, 12, sparse.csr_matrix((random.gamma(2.0, size=(400, 12)) * (random.random((400, 12)) < 0.3)).astype(np.float32)),
+                    sequence, position)
+        for name in "ab"
+    ]  # fmt: skip
+    found = partition_jointly(*sides, FindingOptions(nulls=0), draws=2)
+    assert found.blocks.height == 1
+    assert np.isnan(found.shared)
+    values = Values("joint")
+    values.add_against("shared", found.shared, "moved", found.null, site="a and b", n=24)
+    told = verdict(Comparison("k", "joint", "m", "n", "r", "r", "m", "n", "", {}, {}, values.frame()))
+    assert told == ["a and b: no blocks were found in the joint correlations, so that nothing can be said of what is shared."]

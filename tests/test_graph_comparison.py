@@ -21,7 +21,7 @@ from featlas.errors import UserError
 from featlas.queries.statistics import StatisticsStore
 from scipy.stats import ks_2samp, wasserstein_distance
 
-from .comparison_cases import layered, renamed
+from .comparison_cases import layered, renamed, without_isolated
 
 SIZES = (12, 12, 12)
 QUICK = CompareOptions(draws=20)
@@ -278,3 +278,68 @@ def test_its_figures_show_what_the_frames_hold_and_names_are_escaped(equal) -> N
                                                    & (pl.col("null") == "B rewired"))["value"].to_list()  # fmt: skip
     page = comparison_page(replace(equal, a="<script>alert(1)</script>"))
     assert "<script>alert(1)" not in page
+
+
+# --- what a reader could take for more than it is -----------------------------------------------------------------------
+
+QUICK_EDGES = CompareOptions(parts=(Part.EDGES,), draws=5, communities=None)
+
+
+def test_opposite_signs_are_not_the_same_graph() -> None:
+    a = layered(0)
+    said = verdict(compare(a, replace(a, weight=-a.weight), None, QUICK_EDGES))
+    assert said == ["The graphs have the same edges with the same strengths, but only 0% of them have the same sign."]
+
+
+def test_draws_too_few_for_a_small_p_decide_nothing() -> None:
+    a = layered(0)
+    kept = np.random.default_rng(0).random(a.m) < 0.9
+    b = replace(a, source=a.source[kept], target=a.target[kept], weight=a.weight[kept], strength=a.strength[kept])
+    said = " ".join(verdict(compare(a, b, None, QUICK_EDGES)))
+    assert "5 draws are too few to say" in said
+    assert "no more than chance" not in said
+    assert "They share more than" in " ".join(verdict(compare(a, b, None, replace(QUICK_EDGES, draws=20))))
+
+
+def test_the_key_knows_strengths_and_pairs() -> None:
+    a = layered(0)
+    b, matched = renamed(a, 1)
+    site = pl.col("source").str.split("|").list.get(2)
+    moved = matched.with_columns(target=pl.col("target").reverse().over(site))
+    found = [compare(a, b, pairs, QUICK_EDGES) for pairs in (matched, moved, matched)]
+    assert found[0].key == found[2].key != found[1].key
+    squared = replace(a, strength=a.strength**2)  # as another --by gives it: the signed weights stay
+    assert compare(a, a, None, QUICK_EDGES).key != compare(a, squared, None, QUICK_EDGES).key
+
+
+def test_a_site_that_one_run_did_not_measure_says_nothing_of_its_edges() -> None:
+    a = layered(0)
+    b, matched = renamed(a, 1)
+    inner = (b.nodes["site"] != "resid_2").to_numpy()
+    kept = inner[b.source] & inner[b.target]
+    b = replace(b, source=b.source[kept], target=b.target[kept], weight=b.weight[kept], strength=b.strength[kept])
+    b = without_isolated(replace(b, dictionaries={"resid_0": "d", "resid_1": "d"}))
+    a = replace(a, dictionaries={**b.dictionaries, "resid_2": "d"})
+    sites = [pl.col(end).str.split("|").list.get(2).alias(f"site_{side}") for end, side in (("source", "a"), ("target", "b"))]
+    found = compare(a, b, matched.with_columns(sites), QUICK_EDGES)
+    row = found.value("edges", "Jaccard")
+    assert row is not None
+    assert row["value"] == 1.0  # not fewer for A's edges at resid_2
+    # a site that was measured, and whose edges were all cut, is one that B lacks
+    cut = compare(a, replace(b, dictionaries=a.dictionaries), matched.with_columns(sites), QUICK_EDGES).value("edges", "Jaccard")
+    assert cut is not None
+    assert cut["value"] < 0.6
+
+
+def test_transport_alone_is_nothing_to_compare() -> None:
+    with pytest.raises(UserError, match="nothing is left to compare"):
+        compare(layered(0), layered(0), None, CompareOptions(parts=(Part.TRANSPORT,)))
+
+
+def test_paths_begin_at_error_nodes_where_nothing_enters_them() -> None:
+    rows = [("f0", "s0", 0, "feature", 0, 1), ("e1", "s1", 1, "error", -1, 2), ("f1", "s1", 1, "feature", 0, 2), ("y", "y", -1, "output", -1, 3)]
+    nodes = pl.DataFrame(rows, schema=["key", "site", "layer", "kind", "index", "order"], orient="row")
+    ones = np.ones(3)
+    side = GraphSide("g", "r", "m", nodes, np.array([0, 1, 2]), np.array([2, 3, 3]), ones, ones, ("s0", "error"))
+    assert path_lengths(side, weighted=False).tolist() == [0, 0.5, 0.5, 0]
+    assert path_lengths(replace(side, roots=("s0",)), weighted=False).tolist() == [0, 0, 1, 0]
