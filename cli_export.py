@@ -220,6 +220,7 @@ def import_circuit_tracer_command(
     from dataclasses import asdict
 
     from .ingest.attribution_graphs import ImportOptions, import_attribution_graphs
+    from .queries.labels import restore_labels
     from .queries.store import open_graph
 
     if graph is None:
@@ -227,6 +228,7 @@ def import_circuit_tracer_command(
             atlas.mkdir(parents=True, exist_ok=True)
     with open_graph(graph or atlas) as store, console.progress("importing") as report:
         summary = import_attribution_graphs(store, files, ImportOptions(model, dictionaries, task), report)
+        restore_labels(store, atlas)
     if as_json:
         console.say_json(asdict(summary))
         return

@@ -74,11 +74,13 @@ def labels_set_command(
     """Call a feature by a name of your own; it stands above every other label, and stays when the atlas is measured again."""
     import polars as pl
 
-    from .queries.labels import LabelKind, checked, find_feature, labels_of, write_labels
+    from .queries.labels import LabelKind, adopt_labels, checked, find_feature, labels_of, write_labels
 
     label = checked(text)
     with _opened(atlas, graph) as (store, statistics):
         known = find_feature(store, statistics, feature, of=of)
+        if store is not None:
+            adopt_labels(store, statistics, keys=[str(known["key"])])
         before = labels_of(statistics, [str(known["key"])]).filter(pl.col("kind") == LabelKind.HAND)["label"].to_list()
         row = {**known, "label": label, "kind": str(LabelKind.HAND), "author": author}
         write_labels(statistics, pl.DataFrame([row], schema_overrides={"author": pl.String}))
@@ -146,7 +148,7 @@ def labels_import_command(
     import polars as pl
 
     from .ingest.label_files import NoLabelFile, neuronpedia_sites, read_label_file, read_neuronpedia, resolve, site_options
-    from .queries.labels import write_labels
+    from .queries.labels import adopt_labels, write_labels
 
     if site and format != "neuronpedia":
         raise NotBoth("--site is for --format neuronpedia: a table has a column site")
@@ -162,6 +164,8 @@ def labels_import_command(
         if found.rows.is_empty():
             raise NoLabelFile(f"{file} has no label of a feature of {atlas}" + (f": {found.problems[0]}" if found.problems else ""))
         rows = found.rows.drop("place").with_columns(author=pl.col("author").fill_null(pl.lit(author, dtype=pl.String)))
+        if store is not None:
+            adopt_labels(store, statistics, keys=rows["key"].unique().to_list(), of_unknown_kind=False)
         n = write_labels(statistics, rows)
         changed = _apply(store, statistics, rows["key"].unique().to_list())
     for problem in found.problems if not as_json else ():

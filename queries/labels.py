@@ -5,7 +5,7 @@
 2. The best label is that of the first of these kinds; of several the newest, of the automatic ones the summary, or without one the tokens. What
    the other rules say stands in the store beside it.
 3. `apply_labels` makes the graph say so, `Feature.label` and `Feature.label_kind`. The statistics store is what counts: a graph that is measured
-   again, or anew, gets its labels from there. `adopt_labels` takes over what people wrote into the graph itself.
+   again, or anew, gets its labels from there. `adopt_labels` takes over what stands in the graph alone.
 """
 
 from collections.abc import Collection, Mapping
@@ -35,6 +35,8 @@ SUMMARY, TOKENS = "summary", "tokens"
 
 LONGEST = 500
 """Characters of a label."""
+
+_EMBEDDING = "embed"  # the site whose features an imported graph calls by their tokens
 
 LABEL_COLUMNS: Mapping[str, pl.DataType] = MappingProxyType(
     {
@@ -280,16 +282,20 @@ def graph_labels(store: GraphStore, keys: Collection[str] | None = None) -> pl.D
     return rows.cast(pl.Schema(schema)) if rows.height else pl.DataFrame(schema=schema)
 
 
-def apply_labels(store: GraphStore, statistics: StatisticsStore, keys: Collection[str] | None = None) -> int:
-    """Write the best labels onto the graph's features, all or those of `keys`; how many changed. A label that is no more is taken away.
+def apply_labels(store: GraphStore, statistics: StatisticsStore, keys: Collection[str] | None = None, *, take_away: bool = True) -> int:
+    """Write the best labels onto the graph's features, all or those of `keys`; how many changed.
 
-    A label that the statistics store does not know, of no kind, stays where the feature has no other.
+    A label that is no more is taken away, unless `take_away` is false: then labels that stand in the graph alone stay, and only better ones come
+    in their place. A label that the statistics store does not know, of no kind, stays where the feature has no other.
     """
     there = graph_labels(store, keys)
     best = best_labels(statistics, None if keys is None else keys).select("key", best="label", best_kind="kind")
     both = there.join(best, on="key", how="left", maintain_order="left")
     stale = pl.col("best").is_null() & pl.col("label_kind").is_not_null()
     differs = pl.col("best").is_not_null() & (pl.col("best").ne_missing(pl.col("label")) | pl.col("best_kind").ne_missing(pl.col("label_kind")))
+    if not take_away:
+        of_graph = pl.col("label").is_not_null() & pl.col("label_kind").ne_missing(str(LabelKind.AUTOMATIC))
+        stale, differs = pl.lit(False), differs & ~(of_graph & (pl.col("best_kind") == str(LabelKind.AUTOMATIC)))
     changed = both.filter(stale | differs).select("key", label="best", label_kind="best_kind")
     if changed.height:
         store.merge_nodes("Feature", changed)
@@ -297,7 +303,7 @@ def apply_labels(store: GraphStore, statistics: StatisticsStore, keys: Collectio
 
 
 def restore_labels(store: GraphStore, atlas: Path) -> int:
-    """`apply_labels` with the statistics of an atlas, for features that the graph has only now; how many changed.
+    """`apply_labels` with the statistics of an atlas, for features that the graph has only now; how many changed. None is taken away.
 
     Without statistics, or while another process holds them, nothing is: the next command of labels does it then.
     """
@@ -305,25 +311,37 @@ def restore_labels(store: GraphStore, atlas: Path) -> int:
         return 0
     try:
         with StatisticsStore(atlas, read_only=True) as statistics:
-            return apply_labels(store, statistics)
+            return apply_labels(store, statistics, take_away=False)
     except (StatisticsStoreHeld, OlderStatisticsStore):
         return 0
 
 
-def adopt_labels(store: GraphStore, statistics: StatisticsStore, automatic: pl.DataFrame | None = None) -> int:
-    """Keep what people wrote into the graph itself as labels by hand; how many. Those that the store knows of come first.
+def adopt_labels(
+    store: GraphStore,
+    statistics: StatisticsStore,
+    automatic: pl.DataFrame | None = None,
+    keys: Collection[str] | None = None,
+    *,
+    of_unknown_kind: bool = True,
+) -> int:
+    """Keep labels that stand in the graph alone, of all features or those of `keys`; how many. Those that the store knows of come first.
 
-    That is a label whose kind is hand, or one without a kind, unless it is what `automatic` (`key, label`) says: older graphs had automatic labels
-    without a kind.
+    That is what people wrote there (a label whose kind is hand, or one without a kind, unless it is what `automatic` (`key, label`) says: graphs of
+    old had automatic labels without a kind), and what came with a graph that was imported (kinds file and neuronpedia, tokens of the embedding). With
+    `of_unknown_kind` false labels without a kind are left where they are, but for tokens of the embedding.
     """
-    there = graph_labels(store).filter(pl.col("label").is_not_null() & (pl.col("label_kind").is_null() | (pl.col("label_kind") == LabelKind.HAND)))
-    known = statistics.query("SELECT DISTINCT key FROM feature_labels WHERE kind = 'hand'")
+    there = graph_labels(store, keys).filter(pl.col("label").is_not_null() & pl.col("label_kind").ne_missing(str(LabelKind.AUTOMATIC)))
+    known = statistics.query("SELECT DISTINCT key FROM feature_labels WHERE kind <> 'automatic'")
     said = there.join(known, on="key", how="anti").with_columns(pl.col("label").str.strip_chars())
     if automatic is not None:
         said = said.join(automatic.select("key", "label"), on=["key", "label"], how="anti")
+    if not of_unknown_kind:
+        said = said.filter(pl.col("label_kind").is_not_null() | (pl.col("site") == _EMBEDDING))
     said = said.filter(pl.col("label").str.len_chars().is_between(1, LONGEST))
     if said.height:
-        write_labels(statistics, said.select("key", "model", "site", "feature", "label", kind=pl.lit(str(LabelKind.HAND)), source=pl.lit("graph")))
+        unsaid = pl.when(pl.col("site") == _EMBEDDING).then(pl.lit(str(LabelKind.FILE))).otherwise(pl.lit(str(LabelKind.HAND)))
+        kind = pl.coalesce("label_kind", unsaid)
+        write_labels(statistics, said.select("key", "model", "site", "feature", "label", kind=kind, source=pl.lit("graph")))
     return said.height
 
 

@@ -229,6 +229,38 @@ def test_what_people_wrote_into_the_graph_is_taken_over_and_old_automatic_names_
     assert [on_graph(graph, i) for i in range(3)] == [("theirs", "hand"), ("somebody's", "hand"), ("new", "automatic")]
 
 
+def test_labels_that_came_with_an_imported_graph_stand_above_automatic_ones_and_come_back(statistics, graph):
+    rows = [(0, "theirs", "file"), (1, "explained", "neuronpedia")]
+    graph.merge_nodes("Feature", pl.DataFrame([{"key": key("resid_1", i), "label": text, "label_kind": kind} for i, text, kind in rows]))
+    token = {"key": "m@0|tokens|embed|5", "model": "m@0", "dictionary": "tokens", "site": "embed", "kind": "feature", "index": 5, "label": "<bos>"}
+    graph.merge_nodes("Feature", pl.DataFrame([token]))
+    assert adopt_labels(graph, statistics) == 3
+    kept = dict(best_labels(statistics).select("label", "kind").iter_rows())
+    assert kept == {"theirs": "file", "explained": "neuronpedia", "<bos>": "file"}
+    write(statistics, label(0, "≈", "automatic", rule="summary"), label(1, "mine"))
+    apply_labels(graph, statistics)
+    assert [on_graph(graph, i) for i in range(2)] == [("theirs", "file"), ("mine", "hand")]
+    remove_labels(statistics, kind=LabelKind.HAND)
+    apply_labels(graph, statistics)
+    assert on_graph(graph, 1) == ("explained", "neuronpedia")
+
+
+def test_labels_without_a_kind_are_taken_over_only_where_that_is_wanted(statistics, graph):
+    graph.merge_nodes("Feature", pl.DataFrame({"key": [key("resid_1", 0)], "label": ["somebody's"]}))
+    assert adopt_labels(graph, statistics, of_unknown_kind=False) == 0
+    assert adopt_labels(graph, statistics, keys=[key("resid_1", 1)]) == 0
+    assert adopt_labels(graph, statistics, keys=[key("resid_1", 0)]) == 1
+
+
+def test_measuring_again_takes_no_label_away_that_stands_in_the_graph_alone(statistics, graph, tmp_path):
+    rows = [(0, "theirs", "hand"), (1, "file's", "file")]
+    graph.merge_nodes("Feature", pl.DataFrame([{"key": key("resid_1", i), "label": text, "label_kind": kind} for i, text, kind in rows]))
+    write(statistics, label(1, "auto", "automatic", rule="summary"))
+    statistics.close()
+    assert restore_labels(graph, tmp_path) == 0
+    assert [on_graph(graph, i) for i in range(2)] == [("theirs", "hand"), ("file's", "file")]
+
+
 # -- search ----------------------------------------------------------------------------------------------------
 
 
