@@ -77,6 +77,7 @@ from .options import (
     open_statistics,
     split_names,
     task_option,
+    within_context,
     tasks_app,
 )
 
@@ -345,6 +346,7 @@ def dictionaries_train_command(
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over them.")] = 3,
     task: Annotated[str | None, task_option("Mix in the clean prompts of this task or mixture, a fifth of the tokens.")] = None,
     prompts: Annotated[int, typer.Option("--prompts", help="With --task: how many prompts.")] = 2000,
+    length: Annotated[int, typer.Option("--length", help="Tokens in a block of text; the model's context at most.")] = 128,
     heads: Annotated[bool, typer.Option("--heads", help="Attention sites: read the heads' outputs before the projection (hook_z).")] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -360,6 +362,7 @@ def dictionaries_train_command(
     options = training.TrainingOptions(
         sites=training.sites_of(split_names(sites)), architecture=training.Architecture(architecture), width=width, k=k, sparsity=sparsity,
         tokens=tokens, prompt_share=training.TrainingOptions.prompt_share if texts else 0.0, epochs=epochs, heads=heads, seed=seed,
+        context=within_context(length, loaded),
     )  # fmt: skip
     with console.progress("training", quiet=as_json) as report:
         trained = training.train_dictionaries(loaded, corpus, output, options, prompts=texts, progress=lambda p: report(p.done, p.total, p.stage))
@@ -392,7 +395,7 @@ def dictionaries_evaluate_command(
         raise NotBoth("name a text corpus with --corpus, or a task with --task: one of the two")
     loaded, found = load_named(model, dictionaries, sites, device, dtype)
     if corpus is not None:
-        sequences = token_blocks(read_texts(corpus), loaded.tokenizer, length, limit=limit)
+        sequences = token_blocks(read_texts(corpus), loaded.tokenizer, within_context(length, loaded), limit=limit)
     else:
         sequences = prompt_tokens([pair.clean for pair in _pairs(str(task), loaded.tokenizer, limit, seed, False)], loaded.tokenizer, longest=length)
     measured = evaluate_dictionaries(loaded, found, sequences, loss_tokens=loss_tokens)
@@ -583,6 +586,8 @@ def ingest_statistics_command(
         metric=metric, baseline=baseline, steps=steps, per_position=mean == "per-position", noise_scale=noise_scale, noise_seed=seed
     )
     loaded, found = load_named(model, dictionaries, sites, device, dtype, bos)
+    if corpus is not None:
+        length = within_context(length, loaded)
     options = StatisticsOptions(
         length=length, batch_size=batch_size, n_contexts=contexts, by_position=by_position, between=Between(between), min_frequency=min_frequency,
         max_live=max_live, memory=allowed, seed=seed,

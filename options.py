@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import checks, completion
+from . import checks, completion, console
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -238,6 +238,15 @@ def load_named(
     chosen = [parse_site(name) for name in split_names(sites)] if sites else None
     found = load_dictionaries(dictionaries, loaded, sites=chosen, device=device, dtype=dtype)
     return with_beginning(loaded, found, BOS[bos]), found
+
+
+def within_context(length: int, model: "LoadedModel") -> int:
+    """`length` tokens, or as many as the model reads at once where those are fewer; a note says so."""
+    context = int(getattr(model.module.config, "max_position_embeddings", 0) or 0)
+    if not context or length <= context:
+        return length
+    console.note(f"blocks of {context} tokens, not {length}: the model reads no more at once")
+    return context
 
 
 BOS = {"auto": None, "yes": True, "no": False}

@@ -49,6 +49,7 @@ def show_matching(matching: Matching, contexts: pl.DataFrame, *, known: bool) ->
             f"no match: none of the {overall['n_mutual']:,} mutual nearest neighbours of {overall['n_a']:,} and {overall['n_b']:,} live features is "
             f"more than chance at a false discovery rate of {settings['fdr']:g}"
         )
+        _say_why(matching)
     else:
         console.say(
             f"{overall['n_matched']:,} pairs over all sites: {overall['share_a']:.1%} of {overall['n_a']:,} live features of A, "
@@ -64,6 +65,17 @@ def show_matching(matching: Matching, contexts: pl.DataFrame, *, known: bool) ->
         rows = contexts.select("site_a", "feature_a", "site_b", "feature_b", "score", "texts").iter_rows()
         said = lambda texts: " · ".join(readable(text) for text in texts)
         console.table(("A", "B", "r", "both strongest at"), [(f"{a}/{i}", f"{b}/{j}", f"{r:.3f}", said(texts)) for a, i, b, j, r, texts in rows])
+
+
+def _say_why(matching: Matching) -> None:
+    """Of a search without a match: how far scores and chance reach, and the other chance where texts that are made alike leave this one no room."""
+    scores = matching.scores.filter(pl.col("site_a") == "")
+    reached = [scores.filter(pl.col(name) > 0)["low"].max() for name in ("n", "null_n")]
+    if None in reached:
+        return
+    console.say("their r reaches {:.2f}, chance's {:.2f}".format(*reached))
+    if matching.settings["null"] == "sequences":
+        console.say("exchanging texts that are made alike, from a few patterns, changes next to nothing: --null shift moves rows instead")
 
 
 def _show_correspondence(sites: pl.DataFrame) -> None:
