@@ -144,7 +144,7 @@ def read_side(store: GraphStore, name: str | None, options: SideOptions) -> Grap
         rows = summed.with_columns(pl.lit(-1, dtype=pl.Int64).alias("src_pos"), pl.lit(-1, dtype=pl.Int64).alias("dest_pos"))
         features, roots = found.nodes, input_roots(found.nodes)
         selection = Selection(run.key, threshold=options.threshold, by=options.by, top_edges=options.top_edges)
-        title = f"circuit {circuit[:8]} of run {run.key[:8]}"
+        title = f"circuit {circuit[:8]} of run {run.key[:8]}{_cut(options)}"
     else:
         sequence = None if options.sequence is None else _sequence(store, run, options.sequence)
         selection = Selection(
@@ -162,7 +162,17 @@ def _title(run: RunRow, options: SideOptions) -> str:
     """What the edges of a run are, in words that tell two sides apart."""
     steps = run.properties.get("steps")
     what = f"sequence {options.sequence} of " if options.sequence else f"task {options.task} of " if options.task else ""
-    return f"{what}run {run.key[:8]} ({run.task}, {run.metric}" + (f", {steps} step{'s' if steps != 1 else ''}" if steps else "") + ")"
+    of_steps = f", {steps} step{'s' if steps != 1 else ''}" if steps else ""
+    return f"{what}run {run.key[:8]} ({run.task}, {run.metric}{of_steps}){_cut(options)}"
+
+
+def _cut(options: SideOptions) -> str:
+    """What was left out of the edges: a stored comparison says it by its sides' names alone."""
+    said = [f"strength at least {options.threshold:g}"] if options.threshold > 0 else []
+    said += [f"the {options.top_edges:,} strongest edges"] if options.top_edges is not None else []
+    said += [f"by {options.by.value}"] if options.by is not By.ABS_WEIGHT else []
+    said += [f"without {what}" for what, there in (("error nodes", options.errors), ("the output", options.output)) if not there]
+    return "".join(f", {part}" for part in said)
 
 
 def _named(store: GraphStore, name: str | None) -> tuple[RunRow, str | None]:

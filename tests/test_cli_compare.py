@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from featlas.analysis.circuits import By
 from featlas.analysis.comparison_records import Comparison, Values
 from featlas.analysis.comparison_verdict import verdict
 from featlas.analysis.comparisons_store import list_comparisons
@@ -16,7 +17,7 @@ from featlas.analysis.joint_partition import NotAligned, joined, mean_shared, mo
 from featlas.queries.matches import NoMatching
 from featlas.queries.samples import SiteSamples
 from featlas.queries.statistics import StatisticsStore
-from featlas.queries.store import GraphStore
+from featlas.queries.store import GraphStore, open_graph
 from scipy import sparse
 
 from .study_atlas import TinyAtlas
@@ -187,3 +188,10 @@ def test_one_block_of_unrelated_features_is_not_shared() -> None:
     values.add_against("shared", found.shared, "moved", found.null, site="a and b", n=24)
     told = verdict(Comparison("k", "joint", "m", "n", "r", "r", "m", "n", "", {}, {}, values.frame()))
     assert told == ["a and b: no blocks were found in the joint correlations, so that nothing can be said of what is shared."]
+
+
+def test_what_was_cut_off_is_in_a_side_s_name(tiny: TinyAtlas, atlas: Path) -> None:
+    with open_graph(atlas, read_only=True) as store:
+        whole = read_side(store, tiny.runs["main"], SideOptions())
+        cut = read_side(store, tiny.runs["main"], SideOptions(by=By.WEIGHT, top_edges=20, errors=False))
+    assert cut.name == whole.name + ", the 20 strongest edges, by weight, without error nodes"
