@@ -33,6 +33,11 @@ def _excess(row: dict[str, Any]) -> float | None:
     return None if row["null_mean"] is None or row["null_mean"] >= 1 else (row["value"] - row["null_mean"]) / (1 - row["null_mean"])
 
 
+def _fixed(row: dict[str, Any]) -> bool:
+    """Whether every draw of the null is the data themselves: then it leaves nothing to tell apart."""
+    return row["z"] is None and row["null_mean"] is not None and abs(row["value"] - row["null_mean"]) < 1e-9
+
+
 def _more(row: dict[str, Any]) -> bool:
     return row["p"] is not None and row["p"] <= SURE
 
@@ -70,9 +75,13 @@ def _edges(found: Comparison) -> list[str]:
     elif weighted["null"]:
         moved = found.value("edges", "weighted Jaccard", null=PERMUTED)
         beyond = [name for name, row in (("degrees and layers", weighted), ("which nodes they use", moved)) if row is not None and _more(row)]
-        excess = f"; of what they could share beyond degrees and layers they share {_excess(weighted):.1%}" if _excess(weighted) is not None else ""
+        if _fixed(weighted):
+            said.append("Rewiring finds no edge of B to move: whether they share more than degrees and layers bring about cannot be said.")
+        share = None if _fixed(weighted) else _excess(weighted)
+        excess = f"; of what they could share beyond degrees and layers they share {share:.1%}".replace("-", "−") if share is not None else ""
         more = f"They share more than {', and more than '.join(beyond)}, bring about" if beyond else "They share no more than chance brings about"
-        said.append(f"{more}{excess}.")
+        if beyond or not _fixed(weighted):
+            said.append(f"{more}{excess}.")
     if signs is not None and signs["value"] is not None and signs["n"]:
         order = "" if rank is None or rank["value"] is None else f", and their strengths are ordered alike by ρ = {_number(rank['value'])}"
         said.append(f"Of the {signs['n']:,} shared edges {signs['value']:.0%} have the same sign{order}.")

@@ -343,3 +343,14 @@ def test_paths_begin_at_error_nodes_where_nothing_enters_them() -> None:
     side = GraphSide("g", "r", "m", nodes, np.array([0, 1, 2]), np.array([2, 3, 3]), ones, ones, ("s0", "error"))
     assert path_lengths(side, weighted=False).tolist() == [0, 0.5, 0.5, 0]
     assert path_lengths(replace(side, roots=("s0",)), weighted=False).tolist() == [0, 0, 1, 0]
+
+
+def test_a_chance_that_cannot_move_is_no_verdict() -> None:
+    a, b = layered(0, sizes=(4, 4, 4), density=1.0), layered(5, sizes=(4, 4, 4), density=1.0)  # every pair is joined: nothing to rewire
+    found = compare(a, b, None, replace(QUICK_EDGES, draws=20))
+    row = found.value("edges", "weighted Jaccard")
+    assert (row["z"], row["value"]) == (None, pytest.approx(row["null_mean"]))
+    said = " ".join(verdict(found))
+    assert "Rewiring finds no edge of B to move" in said
+    assert "no more than chance" not in said
+    assert "of what they could share" not in said

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,18 @@ def test_losses_are_spliced_in_the_heads_basis_too(model: LoadedModel) -> None:
 def test_nothing_to_evaluate_is_said(model: LoadedModel) -> None:
     with pytest.raises(NothingToEvaluate, match="resid_1"):
         evaluate_dictionaries(model, dictionaries_of({parse_site("resid_1"): identity(16)}), [torch.tensor([1])])
+
+
+def test_blocks_of_text_are_no_longer_than_the_model_s_context(tmp_path: Path, corpus: Path, featlas: Callable[..., tuple[int, str, str]]) -> None:
+    folder = save_tiny(tmp_path / "tiny")  # it reads 64 tokens; blocks of text are 128 unless --length says otherwise
+    small = ("--model", folder, "--sites", "resid_0", "--corpus", corpus, "--tokens", 5000, "--epochs", 1, "--width", 24, "--k", 4)
+    code, _, err = featlas("dictionaries", "train", *small, "--output", tmp_path / "made")
+    assert code == 0, err
+    assert "blocks of 64 tokens, not 128" in err
+    assert json.loads((tmp_path / "made" / "training.json").read_text())["context"] == 64
+    code, _, err = featlas("dictionaries", "train", *small, "--output", tmp_path / "short", "--length", 16)
+    assert (code, "blocks of" in err) == (0, False)
+    assert json.loads((tmp_path / "short" / "training.json").read_text())["context"] == 16
+    read = ("--model", folder, "--dictionaries", tmp_path / "made", "--corpus", corpus, "--limit", 4)
+    assert featlas("dictionaries", "evaluate", *read, "--loss-tokens", 0)[0] == 0
+    assert featlas("ingest", "statistics", *read, "--atlas", tmp_path / "atlas")[0] == 0
