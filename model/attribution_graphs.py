@@ -31,6 +31,8 @@ TRANSCODER, TRANSCODER_ERROR, TOKEN, LOGIT = "cross layer transcoder", "mlp reco
 ATTENTION, ATTENTION_ERROR = "lorsa", "lorsa error"
 ERROR_TYPES = (TRANSCODER_ERROR, ATTENTION_ERROR)
 SCHEMA_VERSION = 1  # of files whose `feature` is a Cantor pairing
+MOST_LAYERS = 100_000  # more no model has: what a file says of them becomes so many sites
+LARGEST_INDEX = 2**53
 OWN = "featlas"  # the field in which featlas says what the format has no field for
 
 NODES = {
@@ -94,12 +96,19 @@ def read_attribution_graph(path: Path) -> AttributionGraph:
             f"{path} is pickled Python, which can run anything when it is read: write it as JSON with circuit-tracer's create_graph_files"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half of a character, which JSON can spell and no text can hold
+            json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise NotAnAttributionGraph(f"no such file: {path}") from None
     except OSError as error:
         raise NotAnAttributionGraph(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except RecursionError:
+        raise NotAnAttributionGraph(f"{path} is nested too deep: an attribution graph is an object with metadata, nodes and links") from None
+    except UnicodeEncodeError:
+        raise NotAnAttributionGraph(f"{path} has a text with half a character (a lone surrogate)") from None
+    except ValueError as error:
         raise NotAnAttributionGraph(f"{path} is not JSON: {error}") from None
     return parse_attribution_graph(content, str(path))
 
@@ -111,6 +120,7 @@ def parse_attribution_graph(content: object, name: str = "the graph") -> Attribu
     nodes, links = _field(whole, "nodes", list, name), _field(whole, "links", list, name)
     slug, scan, prompt = (_field(metadata, field, str, f"{name}: metadata") for field in ("slug", "scan", "prompt"))
     tokens = _field(metadata, "prompt_tokens", list, f"{name}: metadata")
+    _check_metadata(metadata, name)
     if not nodes:
         raise BadAttributionGraph(f"{name} has no nodes")
     read = _Reader(name, metadata, tuple(str(token) for token in tokens), _has_attention(nodes))
@@ -119,6 +129,24 @@ def parse_attribution_graph(content: object, name: str = "the graph") -> Attribu
     highest = max((layer - 1 for layer in read.logit_layers), default=0)
     known = {**metadata, "n_layers": metadata.get(OWN, {}).get("n_layers") or highest}
     return AttributionGraph(slug, scan, prompt, read.tokens, known, frame, linked)
+
+
+def _check_metadata(metadata: Mapping[str, Any], name: str) -> None:
+    """That what is read of the metadata, where it is there, is of the types that it should have."""
+    own, version = metadata.get(OWN), metadata.get("schema_version")
+    if version is not None and (isinstance(version, bool) or not isinstance(version, int)):
+        raise BadAttributionGraph(f"{name}: metadata: schema_version {version!r} is no whole number")
+    if own is None:
+        return
+    texts = [_of_type(own, dict, f"{name}: metadata: {OWN}").get(field) for field in ("model", "sequence")]
+    n_layers, roots = own.get("n_layers"), own.get("roots")
+    fits = all(text is None or isinstance(text, str) for text in texts) and (n_layers is None or _is_whole(n_layers, MOST_LAYERS))
+    if not fits or not (roots is None or (isinstance(roots, list) and all(isinstance(root, str) for root in roots))):
+        raise BadAttributionGraph(f"{name}: metadata: {OWN} holds no model and sequence by name, number of layers and list of roots")
+
+
+def _is_whole(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _of_type(value: object, kind: type, where: str) -> Any:
@@ -158,20 +186,26 @@ class _Reader:
             raise BadAttributionGraph(f"{where} ({node_id}) is at position {pos!r}: the prompt has {len(self.tokens)} tokens, counted from 0")
         own = entry.get(OWN)
         told = self._own(own, where) if isinstance(own, dict) else self._foreign(entry, node_id, type, pos, where)
+        if not (-1 <= told["index"] <= LARGEST_INDEX and told["layer"] <= MOST_LAYERS):
+            raise BadAttributionGraph(f"{where} ({node_id}) is of layer {told['layer']} and index {told['index']}, which no model has")
         numbers = {name: _number(entry.get(name)) for name in ("influence", "activation", "token_prob")}
         return {"node_id": node_id, "pos": pos, "key": None, "dictionary": None, **numbers, "is_target": bool(entry.get("is_target_logit")), **told}
 
-    def _own(self, own: Mapping[str, Any], where: str) -> dict[str, object]:
+    def _own(self, own: Mapping[str, Any], where: str) -> dict[str, Any]:
         """What featlas wrote beside the format's fields."""
         try:
             site = parse_site(str(own["site"]))
             told = {"key": str(own["key"]), "kind": str(own["kind"]), "index": int(own["index"]), "pos": int(own["pos"])}
         except (KeyError, TypeError, ValueError):
             raise BadAttributionGraph(f"{where} names no key, site, kind, index and pos in its field {OWN!r}") from None
+        if told["kind"] not in ("feature", "error", "output") or not -1 <= told["pos"] < max(len(self.tokens), 1):
+            raise BadAttributionGraph(f"{where} is of kind {told['kind']!r} at position {told['pos']} in its field {OWN!r}")
+        if not isinstance(own.get("dictionary"), str | None):
+            raise BadAttributionGraph(f"{where}: the dictionary {own['dictionary']!r} in its field {OWN!r} is no text")
         label = own.get("label")
         return {**told, "site": site.name, "layer": site.layer, "dictionary": own.get("dictionary"), "label": label if label is None else str(label)}
 
-    def _foreign(self, entry: Mapping[str, Any], node_id: str, type: str, pos: int, where: str) -> dict[str, object]:
+    def _foreign(self, entry: Mapping[str, Any], node_id: str, type: str, pos: int, where: str) -> dict[str, Any]:
         """What circuit-tracer's own fields say."""
         label = str(entry.get("clerp") or "") or None
         if type == TOKEN:

@@ -101,6 +101,13 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda c: c["links"].append({"source": "20_15589_5", "target": "3_15928_2", "weight": 1.0}), "later"),
         (lambda c: c["nodes"].append({**error(15928, 2), "node_id": "3_15928_2"}), "two nodes"),
         (lambda c: c["nodes"].clear(), "no nodes"),
+        (lambda c: c["nodes"][2].update(node_id=f"3_{10**30}_2", feature=10**30), "no model has"),
+        (lambda c: c["nodes"][2].update(node_id="999999999_7_2", layer="999999999", feature=pairing(999999999, 7)), "no model has"),
+        (lambda c: c["nodes"][2].update(featlas={"key": "k", "site": "mlp_3", "kind": "odd", "index": 1, "pos": 2}), "kind 'odd'"),
+        (lambda c: c["nodes"][2].update(featlas={"key": "k", "site": "mlp_3", "kind": "feature", "index": 1, "pos": 99}), "position 99"),
+        (lambda c: c["metadata"].update(featlas={"model": 5}), "by name"),
+        (lambda c: c["metadata"].update(featlas={"roots": "embed"}), "list of roots"),
+        (lambda c: c["metadata"].update(schema_version="new"), "schema_version 'new'"),
     ],
 )
 def test_files_that_contradict_themselves_are_refused_with_the_place(change: Callable[[dict[str, Any]], object], said: str) -> None:
@@ -117,6 +124,17 @@ def test_other_json_is_refused(field: str) -> None:
     for other in ([], "text", {"metadata": [], "nodes": [], "links": []}):
         with pytest.raises(NotAnAttributionGraph):
             parse_attribution_graph(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[" * 100_000, "too deep"), (json.dumps(texas()).replace('"slug": "', '"slug": "\\ud800'), "half a character"), ("[1", "not JSON")],
+)
+def test_text_that_no_graph_can_be_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "graph.json"
+    path.write_text(text)
+    with pytest.raises(NotAnAttributionGraph, match=said):
+        read_attribution_graph(path)
 
 
 def test_pickles_are_not_opened(tmp_path: Path) -> None:
