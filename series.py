@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from .model.sites import Site, SiteKind, parse_site
 from .model.small_models import HELD_OUT_FILE, LISTING, TEXTS_FILE, SmallModelOptions, read_series, train_small_model
 from .model.solvability import check_task
 from .model.tasks import load_task
-from .model.training import TrainingOptions, train_dictionaries
+from .model.training import TrainingOptions, corpus_digest, train_dictionaries
 from .queries.matches import Method as MatchMethod
 from .queries.series import SeriesRecord, put_part, read_part, write_series
 from .queries.store import open_graph
@@ -184,12 +184,36 @@ PARTS = ("members", "tasks", "quality", "faithfulness", "areas", "graphs", "flow
 
 def series_key(members: Sequence[Member], options: SeriesOptions) -> str:
     """Content hash of the models and of what is measured."""
-    content = json.dumps([[asdict(member) for member in members], options.settings], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:KEY_LENGTH]
+    return _hashed([asdict(member) for member in members], [_member_key(member, options) for member in members])
 
 
 def _member_key(member: Member, options: SeriesOptions) -> str:
-    return hashlib.sha256(json.dumps([member.model, member.x, options.settings], sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+    files = [_content(name) for name in (member.model, options.task, str(options.texts or ""), _named_dictionaries(member, options))]
+    return _hashed(member.model, member.x, options.settings, files)
+
+
+def _hashed(*content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _content(name: str) -> str:
+    """A digest of what a name stands for, where that is a file or a folder: a file that was changed is another one."""
+    path = Path(name)
+    if not name or not path.exists():
+        return name
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return _digest(name, tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=256)
+def _digest(name: str, state: tuple[tuple[str, int, int], ...]) -> str:
+    """Of the bytes; read again only where a file's size or time has changed (`state`)."""
+    return corpus_digest(name)
+
+
+def _named_dictionaries(member: Member, options: SeriesOptions) -> str:
+    """What `load_dictionaries` is to be asked for; `TRAINED` where they are trained here."""
+    return options.dictionaries.format(model=member.model, name=member.name, x=f"{member.x:g}")
 
 
 def measure_member(member: Member, options: SeriesOptions, say: Callable[[str], None] = lambda said: None) -> dict[str, pl.DataFrame]:
@@ -241,7 +265,7 @@ def _dictionaries(member: Member, model: LoadedModel, options: SeriesOptions) ->
     """How the member's dictionaries are named, and they themselves; trained where asked for and not there yet."""
     wanted = None if options.sites is None else [parse_site(name) for name in options.sites]
     if options.dictionaries != TRAINED:
-        spec = options.dictionaries.format(model=member.model, name=member.name, x=f"{member.x:g}")
+        spec = _named_dictionaries(member, options)
         return spec, load_dictionaries(spec, model, sites=wanted, device=options.device, dtype=options.dtype)
     sites = wanted or [Site(SiteKind.RESID, layer) for layer in range(model.n_layers)]
     folder = options.atlas / "dictionaries" / f"series-{_member_key(member, options)}"

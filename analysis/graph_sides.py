@@ -240,7 +240,9 @@ def one_to_one(matched: pl.DataFrame) -> pl.DataFrame:
     for flag in ("significant", "mutual"):
         if flag in matched.columns:
             matched = matched.filter(pl.col(flag).fill_null(True))
-    rest = matched.select("source", "target", "score").drop_nulls().sort(["score", "source", "target"], descending=[True, False, False])
+    rest = matched.select("source", "target", "score").drop_nulls()
+    # a strong negative match is a strong one, where the matching took both signs
+    rest = rest.sort([pl.col("score").abs(), "source", "target"], descending=[True, False, False])
     rest, kept = rest.with_row_index("rank"), []
     while rest.height:
         # the best of its source and of its target: in any order of taking pairs, nothing can come before it

@@ -168,8 +168,9 @@ def _features(record: SeriesRecord) -> Exhibit | None:
         panels.append(Panel(f"features matched, {title}", rows.filter(same).select("x", "name", *columns), "share of live features", SHARE))
     return Exhibit(
         "features", "When the last model's features appear", "What share of features has a counterpart in the last model, or in the one before?",
-        "the same site of both models, the same prompts; counterparts are mutual nearest neighbours by the correlation of activations, beyond chance",
-        "Dotted: matched where whole sequences are exchanged, which is chance.",
+        "the same site of both models, prompts of the same task as the edges; counterparts are mutual nearest neighbours by the correlation of "
+        "activations, beyond chance",
+        "Dotted: what chance gives, the text of one model shifted against the other's.",
         lines_figure(panels, axis=record.axis, title="When features appear"), record.frames["sites"],
     )  # fmt: skip
 

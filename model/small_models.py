@@ -332,7 +332,7 @@ def _step(module: Any, optimizer: torch.optim.Optimizer, tokens: Tensor, targets
     loss.backward()
     torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     optimizer.step()
-    return int((targets != _IGNORED).sum())
+    return int((targets[:, 1:] != _IGNORED).sum())
 
 
 def next_token_loss(module: Any, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from featlas.series import (
     measure_member,
     measure_series,
     members_of,
+    series_key,
 )
 
 TINY = SmallModelOptions(
@@ -41,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(atlas: Path, checkpoints: Path, **changed: object) -> SeriesOptions:
     small = {"dictionaries": "identity", "sites": ("resid_0", "resid_1"), "limit": 4, "held_out": 4, "matched": 8, "draws": 2, "shares": (0.1, 1.0)}
-    return begin_series([str(checkpoints)], SeriesOptions(atlas=atlas, task="", **{**small, **changed}))  # type: ignore[arg-type]
+    return begin_series([str(checkpoints)], SeriesOptions(**{"atlas": atlas, "task": "", **small, **changed}))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +286,15 @@ def test_a_series_stands_on_the_page_of_its_atlas(measured: tuple[Path, SeriesRe
         page = answer(source, "series", {"series": record.key})
     assert [exhibit["name"] for exhibit in page["exhibits"]][:2] == ["abilities", "dictionaries"]
     assert json.loads(json.dumps(page, allow_nan=False))["members"]["rows"][0][0] == "step0"
+
+
+def test_a_file_that_was_changed_makes_another_series(checkpoints: Path, tmp_path: Path) -> None:
+    task = tmp_path / "task.jsonl"
+    lines = (checkpoints / "held_out.jsonl").read_text().splitlines()
+    task.write_text("\n".join(lines[:20]) + "\n")
+    members, settings = members_of([str(checkpoints)]), options(tmp_path, checkpoints, task=str(task))
+    before = series_key(members, settings)
+    assert series_key(members, settings) == before
+    task.write_text("\n".join(lines[:19]) + "\n")
+    assert series_key(members, settings) != before
+    assert series_key(members, options(tmp_path, checkpoints, task=str(task), seed=1)) != series_key(members, settings)
