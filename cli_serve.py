@@ -1,5 +1,6 @@
 """The command `featlas serve`: opens, calls, says where the page is."""
 
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -42,11 +43,11 @@ def serve_command(
         sys.stdout.flush()
         if show:
             typer.launch(address)
-        try:
+        # where Ctrl-C was ignored when the process began (a shell's background jobs), the server returns instead of raising
+        with contextlib.suppress(KeyboardInterrupt):
             serve(make_app(reader, token, Served(live_page(), scripts()), ServeOptions(rows, seconds)), bound)
-        except KeyboardInterrupt:
-            reader.close()
-            console.note("stopped")
-            sys.stderr.flush()
-            # nothing was written and nothing is open; a query that still runs in a thread would keep the process until its time is over
-            os._exit(0)
+        reader.close()
+        console.note("stopped")
+        sys.stderr.flush()
+        # nothing was written and nothing is open; a query that still runs in a thread would keep the process until its time is over
+        os._exit(0)

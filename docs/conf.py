@@ -30,9 +30,10 @@ html_title = "featlas"
 html_static_path = ["_static"]
 html_css_files = ["featlas.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_math_renderer = "mathml"
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#0a5", "color-brand-content": "#075"},
+    "light_css_variables": {"color-brand-primary": "#075", "color-brand-content": "#075"},
     "dark_css_variables": {"color-brand-primary": "#4c9", "color-brand-content": "#6db"},
 }
 

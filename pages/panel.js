@@ -30,7 +30,7 @@
           el("span", { class: "bar", title: `mean magnitude ${number(row.abs_weight)}, in ${row.n} sequences`, style: { width: `${Math.max((100 * Math.abs(row.weight)) / most, 2)}%`, background: row.weight >= 0 ? "var(--up)" : "var(--down)" } }),
           el("span", { class: `w ${row.weight >= 0 ? "up" : "down"}` }, signed(row.weight)),
         ])),
-        own.length && own[0].of > own.length ? el("div", { class: "faint small" }, `the ${own.length} strongest of ${number(own[0].of)}`) : null,
+        own.length > 1 ? el("div", { class: "faint small" }, `${own[0].of > own.length ? `the ${own.length} strongest of ${number(own[0].of)}, ` : ""}in the order of the mean magnitude; the figure is the mean`) : null,
       ];
     })];
   };

@@ -6,6 +6,7 @@ those of `atlas.get(name, parameters)` in page.js.
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -260,13 +261,17 @@ def _tokens_of(source: PageSource, run: RunRow, selection: Selection) -> list[st
 
 
 def search(source: PageSource, text: str = "") -> Page:
-    """Features by their labels, tokens and contexts: `found`, the best first; without statistics, by the graph's labels. Raises `BadQuery`."""
+    """Features by their labels, tokens and contexts: `found`, the best first; without statistics, by the graph's labels. Raises `BadQuery`.
+
+    The box asks while one still types: a word that nothing follows is the beginning of one.
+    """
     if not text.strip():
         return {"text": text, "found": []}
     if source.statistics is None:
         keys = find_nodes(source.store, text=text.strip())["key"].head(FOUND_AT_MOST)
     else:
-        keys = search_labels(source.store, source.statistics, text, FOUND_AT_MOST)["key"]
+        typed = f"{text}*" if text[-1].isalnum() else text
+        keys = search_labels(source.store, source.statistics, typed, FOUND_AT_MOST)["key"]
     columns = ("key", "name", "label_kind", "model", "site", "layer", "kind", "index", "frequency")
     nodes = named(source, nodes_of(source.store, keys.to_list())).select(columns)
     return {"text": text, "found": records(keys.to_frame("key").join(nodes, on="key", how="inner", maintain_order="left"))}
@@ -281,7 +286,20 @@ PAGES: Mapping[str, Callable[..., Page]] = MappingProxyType({
 })  # fmt: skip
 """What `atlas.get` can be asked for, by name."""
 
-_READ: Mapping[str, Callable[[str], Any]] = MappingProxyType({"threshold": float, "edges": int})
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
+
+
+def _count(text: str) -> int:
+    if not 1 <= (number := int(text)) < 2**31:
+        raise ValueError
+    return number
+
+
+_READ: Mapping[str, Callable[[str], Any]] = MappingProxyType({"threshold": _finite, "edges": _count})
 
 
 def answer(source: PageSource, name: str, parameters: Mapping[str, str] | None = None) -> Page:
@@ -296,7 +314,8 @@ def answer(source: PageSource, name: str, parameters: Mapping[str, str] | None =
         try:
             given[parameter] = _READ.get(parameter, str)(text)
         except ValueError as error:
-            raise BadPageParameter(f"page {name}: {parameter} is a number, not {text!r}") from error
+            what = "a whole number from 1 on" if parameter == "edges" else "a finite number"
+            raise BadPageParameter(f"page {name}: {parameter} is {what}, not {text!r}") from error
     required = [p.name for p in inspect.signature(PAGES[name]).parameters.values() if p.default is p.empty and p.name != "source"]
     if missing := [parameter for parameter in required if parameter not in given]:
         raise BadPageParameter(f"page {name} needs {' and '.join(missing)}")

@@ -20,7 +20,7 @@
     const all = await atlas.get("overview");
     const tiles = [["runs", all.runs.length, "circuits"], ["circuits", all.circuits.length, "circuits"], ["sweeps", all.sweeps.length, "faithfulness"], ["parcellations", all.parcellations.length, "regions"], ["divisions into communities", all.communities.length, "communities"], ["matchings", all.matchings.length, "matching"], ["comparisons", all.comparisons.length, "comparisons"], ["series of models", all.series.length, "series"], ["features", all.counts.Feature || 0, "features"]].filter(([, n]) => n);
     element.append(...head(all.atlas, all.models.map((model) => `${model.key}${model.n_layers ? `, ${model.n_layers} layers, ${model.d_model} wide` : ""}`).join(" · ")).filter(Boolean),
-      el("div", { class: "numbers" }, tiles.map(([name, n, tab]) => el("button", { type: "button", onclick: () => go(fresh({ tab })) }, el("b", {}, number(n)), name))));
+      el("div", { class: "numbers" }, tiles.map(([name, n, tab]) => el("button", { type: "button", onclick: () => go(fresh({ tab })) }, el("b", {}, number(n)), n === 1 ? name.replace(/^(?!series)(\w+)s\b/, "$1") : name))));
     const section = (title, ...children) => element.append(el("h2", {}, title), ...children.flat().filter(Boolean));
     if (all.runs.length) section("Runs", el("p", { class: "soft" }, "Effects of features on one another and on a metric, sequence by sequence."), table(
       [{ name: "run", node: (key) => el("b", {}, key.slice(0, 8)) }, "task", "method", "steps", "metric", "baseline", { name: "threshold", number: true }, "sequences", "edges", "model"],
@@ -135,7 +135,7 @@
     const notes = [];
     if (left > 0) notes.push(`${number(page.edges.length)} of ${number(page.settings.n_candidates)} edges are here: those of strength ${number(page.settings.weakest)} or more that lie on a way from an input to the output.`);
     const show = (made) => {
-      counts.replaceChildren(el("b", {}, number(made.n_nodes)), " nodes  ", el("b", {}, number(made.n_edges)), " edges  ", el("span", { class: "faint" }, `density ${number(made.n_nodes > 1 ? (2 * made.n_edges) / (made.n_nodes * (made.n_nodes - 1)) : 0)}, ${number(made.n_pruned)} pruned`));
+      counts.replaceChildren(el("b", {}, number(made.n_nodes)), " nodes  ", el("b", {}, number(made.n_edges)), " edges  ", el("span", { class: "faint" }, made.n_edges ? `density ${number((2 * made.n_edges) / (made.n_nodes * (made.n_nodes - 1)))}, ${number(made.n_pruned)} pruned` : "no way to the output: lower it"));
       flows.replaceChildren(flow(page, made));
     };
     element.append(el("div", { class: "row" }, el("label", { class: "slider" }, "threshold", slider), box, counts, el("span", {}, "")));

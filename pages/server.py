@@ -42,7 +42,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..errors import FeatlasError, UserError
 from ..queries.library import NamedQuery, bound_query, list_queries, parameter_choices
 from ..queries.schema import EDGES, NODES
-from ..queries.store import QueryLimits
+from ..queries.store import QueryLimits, WriteRefused
 from .answers import answer_page
 from .payload import PAGES, UnknownPage, answer
 from .reader import AtlasReader
@@ -202,7 +202,9 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(UserError)
     def mistake(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": str(error), "kind": type(error).__name__}, 404 if isinstance(error, UnknownPage) else 400)
+        # no request may write: the option that the message names is the command's
+        said = f"the query was refused: {error.reason}. This page only reads" if isinstance(error, WriteRefused) else str(error)
+        return JSONResponse({"error": said, "kind": type(error).__name__}, 404 if isinstance(error, UnknownPage) else 400)
 
     @app.exception_handler(FeatlasError)
     def failure(_: Request, error: Exception) -> JSONResponse:

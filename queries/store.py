@@ -56,6 +56,7 @@ class WriteRefused(UserError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the query was refused: {reason}. Reading is all that is allowed here; allow writing with --write (write=True)")
+        self.reason = reason
 
 
 class QueryTooSlow(UserError):

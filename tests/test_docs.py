@@ -128,3 +128,13 @@ def test_the_tutorial_runs_from_top_to_bottom(monkeypatch):
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert any("application/vnd.plotly.v1+json" in output.get("data", {}) or "plotly" in str(output.get("data", {})) for output in shown)
     assert any("image/svg+xml" in output.get("data", {}) for output in shown)
+
+
+def test_no_formula_stacks_an_index_under_an_accent() -> None:
+    tex2mathml = pytest.importorskip("docutils.utils.math.latex2mathml").tex2mathml
+    written = re.compile(r"\$\$?([^$`]+)\$\$?")
+    formulas = [(page.name, found) for page in PAGES for found in written.findall(page.read_text(encoding="utf-8")) if "\\" in found]
+    assert formulas
+    for page, formula in formulas:
+        made = tex2mathml(formula)
+        assert not ("munderover" in made and "~" in made.partition("munderover")[2].partition("</munderover>")[0]), (page, formula)

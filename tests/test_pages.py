@@ -193,6 +193,11 @@ def test_features_are_found_by_their_labels(source: PageSource) -> None:
     bare = PageSource(source.store, None, source.atlas)
     assert [row["key"] for row in answer(bare, "search", {"text": "Plain"})["found"]] == [key_of("resid_4", 1)]
     assert answer(source, "search", {"text": "  "})["found"] == []
+    # while one still types, the last word is a beginning
+    whole = [row["key"] for row in answer(source, "search", {"text": "dogs "})["found"]]
+    assert whole
+    assert [row["key"] for row in answer(source, "search", {"text": "do"})["found"]] == whole
+    assert answer(source, "search", {"text": "do "})["found"] == []
     assert {row["key"] for row in answer(source, "search", {"text": "dogs"})["found"]} <= {key_of(site, i) for site in SITES for i in range(6)}
 
 

@@ -87,6 +87,17 @@ def test_overview_says_what_there_is(visit: Visit) -> None:
     assert page.url.endswith(f"run={RUN}&tab=circuits")
 
 
+def test_a_threshold_above_all_ways_says_so_and_leaves_the_slider_where_it_is(visit: Visit) -> None:
+    page, _, _ = visit
+    circuit(page)
+    wide = page.locator("#threshold").bounding_box()
+    page.locator("#threshold-number").fill("1e9")
+    page.locator("#threshold-number").press("Enter")
+    assert counts(page) == (0, 0)
+    assert "no way to the output" in page.locator("#counts").inner_text()
+    assert page.locator("#threshold").bounding_box() == wide
+
+
 @pytest.mark.parametrize("value", [0, 300, 500, 650])
 def test_the_slider_cuts_and_prunes_as_the_library_does(visit: Visit, source: PageSource, value: int) -> None:
     page, _, _ = visit

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -231,6 +232,7 @@ def test_a_query_that_takes_too_long_is_stopped(client: TestClient) -> None:
 def test_what_is_not_reading_is_refused(client: TestClient, cypher: str) -> None:
     answer = client.post("/api/query", json={"cypher": cypher})
     assert (answer.status_code, answer.json()["kind"]) == (400, "WriteRefused"), answer.text
+    assert answer.json()["error"].endswith("This page only reads")
     assert ask(client, "MATCH (n:Feature) RETURN count(*) AS n")["rows"] == [[3]]
 
 
@@ -437,6 +439,25 @@ def test_the_command_serves_and_ends_cleanly(tmp_path: Path) -> None:
             assert process.wait(30) == 0
             assert time.monotonic() - began < 8
             waiting.join()
+        assert process.stderr.read().strip() == "stopped"
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_it_ends_cleanly_where_a_shell_started_it_in_the_background(tmp_path: Path) -> None:
+    fill(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process, told = served(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        with httpx.Client(base_url=told["address"].partition("/?")[0]) as browser:
+            browser.get(f"/?token={told['token']}")
+            assert browser.post("/api/query", json={"cypher": "RETURN 1 AS x"}).json()["rows"] == [[1]]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
         assert process.stderr.read().strip() == "stopped"
     finally:
         process.kill()
