@@ -220,7 +220,8 @@ def analyze_match_command(
         return
     if written is not None:
         if written:
-            console.say(f"{written:,} MATCHES edges in the graph; next: featlas query matched_features --param matching={found.key}")
+            console.say(f"{written:,} MATCHES edges in the graph, of mutual and of assigned pairs")
+            console.say(f"next: featlas query matched_features --param matching={found.key}")
         else:
             console.say("no MATCHES edges: " + ("each feature is its own counterpart" if found.overall["n_matched"] else "there are no matches"))
     for path in (output, gallery):

@@ -79,7 +79,7 @@ def _edges(found: Comparison) -> list[str]:
             said.append("Rewiring finds no edge of B to move: whether they share more than degrees and layers bring about cannot be said.")
         share = None if _fixed(weighted) else _excess(weighted)
         excess = f"; of what they could share beyond degrees and layers they share {share:.1%}".replace("-", "−") if share is not None else ""
-        more = f"They share more than {', and more than '.join(beyond)}, bring about" if beyond else "They share no more than chance brings about"
+        more = f"They share more than {' and more than '.join(beyond)} bring about" if beyond else "They share no more than chance brings about"
         if beyond or not _fixed(weighted):
             said.append(f"{more}{excess}.")
     if signs is not None and signs["value"] is not None and signs["n"]:

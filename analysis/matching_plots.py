@@ -7,6 +7,7 @@
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from plotly.subplots import make_subplots
 
 from ..queries.matches import Method
 from .gallery import Exhibit, gallery
-from .matching import BIN, Matching, correspondence
+from .matching import BIN, Matching, MatchOptions, correspondence
 from .plots import INK, LOWERS, RAISES, SOFT, style
 
 SEQUENTIAL = [(0, "#f7fafc"), (0.35, "#b6d3e8"), (0.7, "#4b8fc2"), (1, "#0b4a7f")]
@@ -116,6 +117,13 @@ def score_figure(matching: Matching, *, title: str = "") -> go.Figure:
     return figure
 
 
+def _options(matching: Matching) -> str:
+    """The options that make this matching again: the null, and what is not as it is unless given."""
+    usual = {field.name: field.default for field in fields(MatchOptions)}
+    given = {name: value for name, value in matching.settings.items() if name in usual and value != usual[name]}
+    return "".join(f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items())
+
+
 def matching_page(matching: Matching) -> str:
     """Which sites correspond, and how sure the matches are, as a page that opens offline."""
     overall, settings = matching.overall, matching.settings
@@ -135,7 +143,7 @@ def matching_page(matching: Matching) -> str:
         ),
         Exhibit(
             name="scores", title="Are the matches more than chance?", question="How high are the correlations of mutual nearest neighbours?",
-            fixed=fixed, reading="Chance is the same search after one side's segments were exchanged. Pairs right of the dashed line are matches.",
+            fixed=fixed, reading="Chance is the same search with one side's segments moved, as said. Pairs right of the dashed line are matches.",
             figure=score_figure(matching), table=matching.scores.filter(pl.col("method") == str(Method.ALL_SITES)),
             findings=[
                 f"{overall['n_matched']:,} of {overall['n_a']:,} live features of A ({overall['share_a']:.1%}) and of {overall['n_b']:,} of B match; "
@@ -145,5 +153,5 @@ def matching_page(matching: Matching) -> str:
     ]  # fmt: skip
     told = [(name, f"{side}, {key}") for name, side, key in zip("AB", side_names(matching), (matching.model_a, matching.model_b))]
     told += [("text", matching.source), ("matching", matching.key)]
-    command = f"featlas analyze match {matching.aligned[:8]}"
+    command = f"featlas analyze match {matching.aligned[:8]}{_options(matching)}"
     return gallery(exhibits, "Matched features", subtitle=_models(matching), settings=told, commands=[command])

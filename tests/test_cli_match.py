@@ -65,6 +65,7 @@ def test_two_models_with_different_tokenizers(run, featlas, folder: Path) -> Non
     assert {row["site_a"] for row in found["correspondence"]} == {"resid_0", "resid_1"}
     page = (folder / "page.html").read_text()
     assert "words@" in page
+    assert f"featlas analyze match {aligned.key[:8]} --fdr 0.5 --null sequences" in page
     for null, hint in (("sequences", True), ("shift", False)):  # so low a rate that nothing is significant
         code, out, _ = match("--fdr", 1e-6, "--no-write", "--null", null)
         assert (code, "no match: none of the" in out, "their r reaches 0." in out) == (0, True, True)
