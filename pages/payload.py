@@ -4,6 +4,7 @@
 those of `atlas.get(name, parameters)` in page.js.
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -27,7 +28,7 @@ from ..analysis.circuits import (
 )
 from ..analysis.summary import task_summary
 from ..errors import UserError
-from ..queries.inventory import find_nodes
+from ..queries.inventory import UnknownFeature, find_node, find_nodes
 from ..queries.labels import search_labels
 from ..queries.pages import circuits_of, count_all, models_of, nodes_of, partitions_of, swept
 from ..queries.partitions import stored_parcellations
@@ -263,7 +264,7 @@ def _tokens_of(source: PageSource, run: RunRow, selection: Selection) -> list[st
 def search(source: PageSource, text: str = "") -> Page:
     """Features by their labels, tokens and contexts: `found`, the best first; without statistics, by the graph's labels. Raises `BadQuery`.
 
-    The box asks while one still types: a word that nothing follows is the beginning of one.
+    The box asks while one still types: a word that nothing follows is the beginning of one. A place (`resid_11/696`) or key leads to its node first.
     """
     if not text.strip():
         return {"text": text, "found": []}
@@ -272,6 +273,8 @@ def search(source: PageSource, text: str = "") -> Page:
     else:
         typed = f"{text}*" if text[-1].isalnum() else text
         keys = search_labels(source.store, source.statistics, typed, FOUND_AT_MOST)["key"]
+    with contextlib.suppress(UnknownFeature):
+        keys = pl.concat([pl.Series("key", [find_node(source.store, text.strip())["key"]], dtype=pl.String), keys]).unique(maintain_order=True)
     columns = ("key", "name", "label_kind", "model", "site", "layer", "kind", "index", "frequency")
     nodes = named(source, nodes_of(source.store, keys.to_list())).select(columns)
     return {"text": text, "found": records(keys.to_frame("key").join(nodes, on="key", how="inner", maintain_order="left"))}

@@ -193,6 +193,8 @@ def test_features_are_found_by_their_labels(source: PageSource) -> None:
     bare = PageSource(source.store, None, source.atlas)
     assert [row["key"] for row in answer(bare, "search", {"text": "Plain"})["found"]] == [key_of("resid_4", 1)]
     assert answer(source, "search", {"text": "  "})["found"] == []
+    for asked in ("resid_4/1", key_of("resid_4", 1)):
+        assert answer(source, "search", {"text": asked})["found"][0]["key"] == key_of("resid_4", 1)
     # while one still types, the last word is a beginning
     whole = [row["key"] for row in answer(source, "search", {"text": "dogs "})["found"]]
     assert whole
