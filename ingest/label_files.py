@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ def _number(value: object, name: str, kind: type) -> Any:
         if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
             raise ValueError
         number = kind(value.strip()) if isinstance(value, str) else kind(value)
+        if not math.isfinite(number):
+            raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"{name} {value!r} is no {'whole number' if kind is int else 'number'}") from None
     if kind is int and not 0 <= number < 2**31:
@@ -187,6 +190,8 @@ def _parsed(text: str) -> object:
     """JSON, or the mistake in it."""
     try:
         return json.loads(text)
+    except RecursionError:
+        return ValueError("nested too deep")
     except ValueError as error:
         return ValueError(f"no JSON ({error})")
 

@@ -440,9 +440,20 @@ def _assignments(variable: str, names: Sequence[str], first: int) -> str:
 # A user's query
 
 
+class _Statement(ladybug.PreparedStatement):
+    """A prepared statement whose end is quiet where preparing it failed."""
+
+    _prepared_statement: Any = None
+
+
 def _prepared(connection: ladybug.Connection, cypher: str, parameters: Mapping[str, object] | None, write: bool) -> Any:
     """Prepare the one statement of a query; preparing refuses several (a COMMIT could end the read-only transaction)."""
-    statement = _rejecting(lambda: ladybug.PreparedStatement(connection, cypher, dict(parameters or {})))
+    try:
+        cypher.encode()
+        statement = _rejecting(lambda: _Statement(connection, cypher, dict(parameters or {})))
+    except (TypeError, ValueError, OverflowError) as error:  # what the bindings raise for values that the database has no type for
+        said = "half a character" if isinstance(error, UnicodeEncodeError) else _one_line(str(error)).partition(" Invoked with:")[0]
+        raise QueryRejected(f"the text or a parameter is nothing that the database can take: {said}") from None
     failure = "" if statement.is_success() else statement.get_error_message()
     if not write and not failure.startswith("Parser exception"):
         _refuse_side_effects(cypher)

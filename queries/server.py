@@ -222,7 +222,7 @@ def _readable_errors(uri: str, database: str | None, *, users_query: bool = Fals
         if seconds is not None and ".Transaction.TransactionTimedOut" in (getattr(error, "code", None) or ""):
             raise QueryTooSlow(seconds) from None
         raise _readable(error, uri, database, users_query) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if users_query:
             raise QueryRejected(f"a parameter cannot be sent: {_one_line(error)}") from None
         if "resolve" in str(error):  # the driver reads the address only when it connects

@@ -215,7 +215,7 @@ def test_an_atlas_that_is_not_there_is_said(featlas, tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [("x.csv", b"", "is empty"), ("x.csv.gz", b"no gzip", "no whole gzip"), ("x.jsonl", b"\xff\xfe", "not UTF-8 from byte 0"),
-     ("x.json", b"{", "no JSON")],
+     ("x.json", b"{", "no JSON"), ("x.json", b"[" * 100_000, "nested too deep")],
 )  # fmt: skip
 def test_files_that_are_no_label_files_are_refused(tmp_path, name, data, said):
     (tmp_path / name).write_bytes(data)
@@ -230,7 +230,8 @@ def test_files_that_are_no_label_files_are_refused(tmp_path, name, data, said):
      ('{"site": "s", "index": 1.5, "label": "x"}', "1.5"), ('{"site": "s", "index": -1, "label": "x"}', "-1"),
      ('{"site": "s", "index": true, "label": "x"}', "True"), ('{"key": ["k"], "label": "x"}', "no text"),
      ('{"key": "k", "label": "x", "kind": "magic"}', "unknown kind 'magic'"), ('{"key": "k", "label": "x", "colour": 1}', "unknown column 'colour'"),
-     ('{"key": "k", "label": "\\u0000"}', r"U\+0000"), ('{"key": "k", "label": "x", "confidence": "much"}', "confidence 'much'")],
+     ('{"key": "k", "label": "\\u0000"}', r"U\+0000"), ('{"key": "k", "label": "x", "confidence": "much"}', "confidence 'much'"),
+     ('{"key": "k", "label": "x", "confidence": NaN}', "confidence nan"), ("[" * 100_000, "nested too deep")],
 )  # fmt: skip
 def test_lines_that_are_no_labels_are_told(tmp_path, line, said):
     (tmp_path / "x.jsonl").write_text(f'{{"key": "good", "label": "y"}}\n{line}\n')

@@ -310,6 +310,12 @@ def test_pages_by_their_names(client: TestClient) -> None:
     assert client.get("/api/nothing").status_code == 404
     wrong = client.get("/api/circuit", params={"run": "r1", "threshold": "high"})
     assert (wrong.status_code, "threshold" in wrong.json()["error"]) == (400, True)
+    for name, text in (("threshold", "nan"), ("threshold", "inf"), ("edges", "0"), ("edges", "-5"), ("edges", "9" * 30)):
+        assert client.get("/api/circuit", params={"run": "r1", name: text}).status_code == 400, (name, text)
+    for cypher, parameters in (("RETURN $x", {"x": 10**30}), ("RETURN '\ud800'", {})):
+        body = json.dumps({"cypher": cypher, "parameters": parameters})
+        refused = client.post("/api/query", content=body, headers={"content-type": "application/json"})
+        assert refused.status_code == 400, refused.text
     assert client.get("/api/circuit", params={"run": "other"}).status_code == 400
     assert client.get("/elsewhere").json()["kind"] == "NotFound"
     assert client.put("/api/query", json={}).status_code == 405

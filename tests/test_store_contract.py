@@ -343,6 +343,22 @@ def test_a_wrong_query_shows_the_databases_own_message(store: GraphStore, cypher
         assert "^" in str(caught.value)
 
 
+@pytest.mark.parametrize(("cypher", "parameters"), [
+    ("RETURN $x AS x", {"x": 10**30}), ("RETURN $x AS x", {"x": object()}), ("RETURN '\ud800' AS x", {}),
+])
+def test_what_the_database_cannot_take_is_the_askers_mistake(store: GraphStore, cypher: str, parameters: dict[str, object]) -> None:
+    with pytest.raises(QueryRejected) as caught:
+        store.query(cypher, parameters)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_map_of_mixed_lists_is_a_value_or_a_mistake(store: GraphStore) -> None:
+    try:
+        assert store.query("RETURN $x AS x", {"x": {"a": [1, "b"]}})["x"][0] == '{"a": [1, "b"]}'
+    except QueryRejected:
+        assert store.dialect == "ladybug"  # its lists are of one type
+
+
 def test_a_relationship_knows_its_ends_wherever_it_stands(store: GraphStore) -> None:
     store.merge_nodes("Circuit", pl.DataFrame({"key": ["circuit"]}))
     store.merge_edges("WIRED", EDGE.with_columns(path=pl.lit("ov")))
