@@ -457,6 +457,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return int(left.value.code or 0), out, err
 
 
+@pytest.mark.slow
 def test_command_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole way, against numpy on what was stored: identity dictionaries, whose virtual weight is 1 on the diagonal."""
     for name in ("FEATLAS_ATLAS", "NEO4J_URI"):

@@ -137,7 +137,7 @@ def test_text_that_is_not_utf8(refused, model, tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_bytes(b"w1 w2 caf\xe9 w3")
     arguments = ["--model", model, "--dictionaries", "identity", "--sites", "resid_1", "--corpus", corpus, "--atlas", tmp_path / "atlas"]
-    line = refused("ingest", "statistics", *arguments, code=2)
+    line = refused("ingest", "statistics", *arguments, "--length", 32, code=2)
     assert "corpus.txt" in line
     assert "UTF-8" in line
     assert "byte 9" in line

@@ -59,6 +59,7 @@ def key_of(atlas: Path, name: str) -> str:
         return statistics.query("SELECT key FROM feature_statistics WHERE site = ? AND feature = ?", [site, int(index)])["key"][0]
 
 
+@pytest.mark.slow
 def test_a_label_by_hand_stands_above_automatic_ones_and_survives_measuring_again(run, featlas, atlas, tiny):
     name = present(atlas)[0]
     key = key_of(atlas, name)
@@ -80,6 +81,7 @@ def test_a_label_by_hand_stands_above_automatic_ones_and_survives_measuring_agai
     assert shown(atlas, name)[1] == "automatic"
 
 
+@pytest.mark.slow
 def test_automatic_labels_are_the_same_each_time_and_name_their_rules(run, atlas, tiny):
     model = ("--model", tiny.folder / "model", "--dictionaries", tiny.folder / "dictionaries")
     first = answer(run, "auto", *model, "--of", key_of(atlas, "resid_0/0").split("|")[0])

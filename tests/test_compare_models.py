@@ -24,6 +24,8 @@ from .test_dictionary_sources import save_sae
 SITES, WIDTH, D_SAE = ("embed", "resid_0", "resid_1"), 8, 12
 SIZES = {"n_layers": 2, "d_model": WIDTH, "n_heads": 2}
 
+pytestmark = pytest.mark.slow
+
 
 def shuffled(seed: int, n: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(n)

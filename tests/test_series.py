@@ -105,6 +105,7 @@ def test_options_that_cannot_be(tmp_path: Path, checkpoints: Path) -> None:
 # -- what is measured
 
 
+@pytest.mark.slow
 def test_every_model_is_measured_and_put_beside_the_last_and_the_one_before(measured: tuple[Path, SeriesRecord]) -> None:
     _, record = measured
     assert record.frames["members"]["name"].to_list() == ["step0", "step32", "step64"]
@@ -121,6 +122,7 @@ def test_every_model_is_measured_and_put_beside_the_last_and_the_one_before(meas
     assert record.frames["flow"].group_by("name").agg(pl.col("share").sum())["share"].to_list() == pytest.approx([1.0] * 3)
 
 
+@pytest.mark.slow
 def test_a_model_beside_itself_is_itself(checkpoints: Path, tmp_path: Path) -> None:
     last = members_of([str(checkpoints)])[-1]
     settings = options(tmp_path, checkpoints, matched=16)
@@ -136,6 +138,7 @@ def test_a_model_beside_itself_is_itself(checkpoints: Path, tmp_path: Path) -> N
     assert chance == {"B rewired": pytest.approx(1.0), "matching permuted": pytest.approx(0.25, abs=0.2)}
 
 
+@pytest.mark.slow
 def test_an_interrupted_series_goes_on(
     measured: tuple[Path, SeriesRecord], checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +159,7 @@ def test_an_interrupted_series_goes_on(
         assert record.frames[name].equals(whole.frames[name]), name
 
 
+@pytest.mark.slow
 def test_a_graph_without_edges_is_a_row_of_zeros(checkpoints: Path, tmp_path: Path) -> None:
     member = members_of([str(checkpoints)])[0]
     frames = measure_member(member, options(tmp_path, checkpoints, threshold=1e9))
@@ -231,6 +235,7 @@ def test_lines_escape_names_and_draw_what_chance_gives() -> None:
     assert "chance" in text
 
 
+@pytest.mark.slow
 def test_the_page_has_every_figure_and_no_markup_of_names(measured: tuple[Path, SeriesRecord]) -> None:
     page = series_page(measured[1])
     for name in ("abilities", "dictionaries", "faithfulness", "graphs", "features", "sites", "edges"):
@@ -242,6 +247,7 @@ def test_the_page_has_every_figure_and_no_markup_of_names(measured: tuple[Path, 
 # -- the commands
 
 
+@pytest.mark.slow
 def test_a_series_from_the_command_line(featlas: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     made = ("series", "train", tmp_path / "models", "--tasks", "agreement", "--layers", 1, "--width", 16, "--heads", 2, "--steps", 4, "--first", 4)
     code, out, _ = featlas(*made, "--evenly", 1, "--json")
@@ -277,6 +283,7 @@ def test_mistakes_are_one_line(featlas: Callable[..., tuple[int, str, str]], arg
 # -- on the page
 
 
+@pytest.mark.slow
 def test_a_series_stands_on_the_page_of_its_atlas(measured: tuple[Path, SeriesRecord]) -> None:
     atlas, record = measured
     with open_graph(atlas, read_only=True) as store:

@@ -148,6 +148,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_more_held_out_pairs_than_there_are() -> None:
     with pytest.raises(BadSmallModel, match="pairs that are not trained on"):
         held_out_pairs(["pronoun"], tasks_tokenizer(["pronoun"]), 100_000)
@@ -170,5 +171,6 @@ def test_a_revision_may_be_part_of_the_name(tmp_path: Path, series: Path, monkey
         find_source(f"{series / 'step0'}@main")
 
 
+@pytest.mark.slow
 def test_all_tasks_have_words() -> None:
     assert len(tasks_tokenizer(list(TASKS))) > 500
