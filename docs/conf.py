@@ -46,7 +46,7 @@ nb_execution_mode = "off" if os.environ.get("FEATLAS_DOCS_EXECUTE") == "0" else 
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-os.environ["PLOTLY_RENDERER"] = "sphinx_gallery"  # figures as HTML in the page; see `_own_plotly`
+os.environ["PLOTLY_RENDERER"] = "sphinx_gallery"  # figures as HTML in the page; see `_own_scripts`
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 autodoc_member_order = "bysource"
@@ -57,6 +57,8 @@ autodoc_default_options = {"members": True, "undoc-members": False, "show-inheri
 autosummary_generate = True
 
 _PLOTLY = re.compile(r'<script[^>]*src="https://cdn\.plot\.ly/[^"]*"[^>]*></script>')
+_MATHJAX = re.compile(r'<script[^>]*src="https://cdnjs\.cloudflare\.com/ajax/libs/mathjax/[^"]*"[^>]*></script>')  # no figure has formulas
+_FOREIGN = re.compile(r"""<(?!a\s)[a-z][^<>]*?[\s:](?:src|srcset|href|data|poster)=["']?((?:https?:)?//[^"'\s>]+)""", re.IGNORECASE)
 _CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _ITEM = re.compile(r"(\d+\.|-) ")
 
@@ -99,25 +101,27 @@ def _marked(part: str, *, code: bool) -> str:
     return f"``{part}``" if code else re.sub(r"([*|])", r"\\\1", re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part))
 
 
-def _own_plotly(app: Sphinx, error: Exception | None) -> None:
-    """Figures draw themselves with the plotly.js of the installed package, not with one from the network."""
+def _own_scripts(app: Sphinx, error: Exception | None) -> None:
+    """Figures draw themselves with the plotly.js of the installed package; what a page still asks of the network is a warning."""
     if error is not None or app.builder.format != "html":
         return
     import plotly
 
     folder = Path(app.outdir)
-    pages = [page for page in folder.rglob("*.html") if "cdn.plot.ly" in page.read_text(encoding="utf-8")]
-    if pages:
-        shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", folder / "_static" / "plotly.min.js")
-    for page in pages:
-        up = "../" * (len(page.relative_to(folder).parts) - 1)
-        text, own = page.read_text(encoding="utf-8"), f'<script src="{up}_static/plotly.min.js"></script>'
-        page.write_text(_PLOTLY.sub(own, text, count=1) if own not in text else text, encoding="utf-8")
-        page.write_text(_PLOTLY.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in folder.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        own = f'<script src="{"../" * (len(page.relative_to(folder).parts) - 1)}_static/plotly.min.js"></script>'
+        if _PLOTLY.search(text):
+            shutil.copy(Path(plotly.__file__).parent / "package_data" / "plotly.min.js", folder / "_static" / "plotly.min.js")
+        made = _MATHJAX.sub("", _PLOTLY.sub("", _PLOTLY.sub(own, text, count=1)))
+        if made != text:
+            page.write_text(made, encoding="utf-8")
+        for address in _FOREIGN.findall(made):
+            logging.getLogger(__name__).warning("%s asks the network for %s", page.relative_to(folder), address)
 
 
 def setup(app: Sphinx) -> None:
     """Register the formulas' renderer and the two corrections."""
     app.add_html_math_renderer("mathml", (_inline_math, None), (_display_math, None))
     app.connect("autodoc-process-docstring", _docstrings)
-    app.connect("build-finished", _own_plotly)
+    app.connect("build-finished", _own_scripts)
