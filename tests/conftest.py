@@ -1,6 +1,7 @@
 """What all tests share: threads, the real Neo4j, and the rule that CI skips no test of a real service."""
 
 import os
+import signal
 import sys
 
 # On small shared machines two OpenMP threads spin against each other and cost a factor of 25: before torch is imported by any test.
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
     from .study_atlas import TinyAtlas
 
 SERVICES = ("neo4j", "graphtool", "browser", "smollm2")  # markers of tests that need something outside the Python environment
+
+
+def pytest_configure() -> None:
+    """A shell that runs the tests in the background lets them ignore SIGINT, and every process that they start too: interrupts are tested."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def in_ci() -> bool:
