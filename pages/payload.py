@@ -81,6 +81,7 @@ def overview(source: PageSource) -> Page:
         "series": series_of(source),
         "counts": count_all(source.store),
         "commands": commands_of(source.atlas, runs),
+        **({"held": "Another process is writing the statistics of this atlas: what they hold is not shown now."} if source.held else {}),
     }
 
 

@@ -5,17 +5,22 @@ an embedded database can be written by one process only when no other holds it, 
 opened. Where the files have changed since, the next request opens them anew.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Generic, Protocol, Self, TypeVar
 
-from ..queries.statistics import FILE_NAME, StatisticsStore
+from ..queries.statistics import FILE_NAME, OlderStatisticsStore, StatisticsStore, StatisticsStoreHeld
 from ..queries.store import GraphStore, graph_target, is_server, open_graph
 from .source import PageSource
 
+log = logging.getLogger(__name__)
+
 IDLE_S = 2.0
+WAIT_S = 0.5
+"""Seconds that a page waits for statistics that another process writes."""
 
 
 class _Closing(Protocol):
@@ -89,7 +94,8 @@ class AtlasReader:
         files = [] if is_server(self.target) else [Path(self.target), Path(f"{self.target}.wal")]
         statistics = atlas / FILE_NAME
         self._graph: Shared[GraphStore] = Shared(lambda: open_graph(self.target, read_only=True), lambda: _stamp(files), idle_s)
-        self._statistics: Shared[StatisticsStore] = Shared(lambda: StatisticsStore(atlas, read_only=True), lambda: _stamp([statistics]), idle_s)
+        opening = lambda: StatisticsStore(atlas, read_only=True, wait_s=WAIT_S)
+        self._statistics: Shared[StatisticsStore] = Shared(opening, lambda: _stamp([statistics]), idle_s)
         # One connection to the statistics, which is not for several threads at a time.
         self._reading = threading.Lock()
         with self.graph() as store:
@@ -101,13 +107,19 @@ class AtlasReader:
 
     @contextmanager
     def source(self) -> Iterator[PageSource]:
-        """The graph and the statistics, where there are any, for one thread at a time."""
-        with self._reading, self.graph() as store:
+        """The graph and the statistics, where there are any, for one thread at a time; without them while another process writes them."""
+        with self._reading, ExitStack() as stack:
+            store = stack.enter_context(self.graph())
             if not (self.atlas / FILE_NAME).exists():
                 yield PageSource(store, None, self.atlas)
                 return
-            with self._statistics.use() as statistics:
-                yield PageSource(store, statistics, self.atlas)
+            try:
+                statistics = stack.enter_context(self._statistics.use())
+            except (StatisticsStoreHeld, OlderStatisticsStore) as error:
+                log.info("pages without statistics: %s", error)
+                yield PageSource(store, None, self.atlas, held=True)
+                return
+            yield PageSource(store, statistics, self.atlas)
 
     @property
     def holds(self) -> bool:

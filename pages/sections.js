@@ -21,6 +21,7 @@
     const tiles = [["runs", all.runs.length, "circuits"], ["circuits", all.circuits.length, "circuits"], ["sweeps", all.sweeps.length, "faithfulness"], ["parcellations", all.parcellations.length, "regions"], ["divisions into communities", all.communities.length, "communities"], ["matchings", all.matchings.length, "matching"], ["comparisons", all.comparisons.length, "comparisons"], ["series of models", all.series.length, "series"], ["features", all.counts.Feature || 0, "features"]].filter(([, n]) => n);
     element.append(...head(all.atlas, all.models.map((model) => `${model.key}${model.n_layers ? `, ${model.n_layers} layers, ${model.d_model} wide` : ""}`).join(" · ")).filter(Boolean),
       el("div", { class: "numbers" }, tiles.map(([name, n, tab]) => el("button", { type: "button", onclick: () => go(fresh({ tab })) }, el("b", {}, number(n)), n === 1 ? name.replace(/^(?!series)(\w+)s\b/, "$1") : name))));
+    if (all.held) element.append(el("p", { class: "warn" }, all.held));
     const section = (title, ...children) => element.append(el("h2", {}, title), ...children.flat().filter(Boolean));
     if (all.runs.length) section("Runs", el("p", { class: "soft" }, "Effects of features on one another and on a metric, sequence by sequence."), table(
       [{ name: "run", node: (key) => el("b", {}, key.slice(0, 8)) }, "task", "method", "steps", "metric", "baseline", { name: "threshold", number: true }, "sequences", "edges", "model"],

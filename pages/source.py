@@ -18,11 +18,15 @@ Page = dict[str, Any]
 
 @dataclass(frozen=True)
 class PageSource:
-    """An atlas that is open for reading: its graph, its statistics store where it has one, and its folder."""
+    """An atlas that is open for reading: its graph, its statistics store where it has one, and its folder.
+
+    held: it has one, but another process is writing it; pages say what the graph alone says.
+    """
 
     store: GraphStore
     statistics: StatisticsStore | None
     atlas: Path
+    held: bool = False
 
 
 def plain(value: object) -> Any:

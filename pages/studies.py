@@ -19,7 +19,7 @@ from ..analysis.region_gallery import path_exhibits, regions_known
 from ..analysis.regions_store import read_parcellation
 from ..analysis.scores import read_sweep
 from ..analysis.series_gallery import series_exhibits
-from ..errors import UserError
+from ..errors import FeatlasError, UserError
 from ..queries.blocks import drives_of
 from ..queries.library import run_query
 from ..queries.matches import list_matchings, read_matches, read_site_pairs
@@ -39,11 +39,17 @@ class NoStatistics(UserError):
     """A page needs the statistics store, and the atlas has none."""
 
 
+class StatisticsBusy(FeatlasError):
+    """A page needs the statistics store, and another process is writing it."""
+
+
 class NoSuchStudy(UserError):
     """The atlas has no sweep, partition, matching or comparison of this key."""
 
 
 def _statistics(source: PageSource, what: str) -> StatisticsStore:
+    if source.held:
+        raise StatisticsBusy(f"{what} are kept in the statistics of the atlas, which another process is writing: try again when it is done")
     if source.statistics is None:
         raise NoStatistics(f"{what} are kept in the statistics of an atlas, and {source.atlas} has none")
     return source.statistics

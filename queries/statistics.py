@@ -9,7 +9,9 @@ Its tables and what their columns mean stand in `statistics_0001.sql` and the nu
 """
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -61,6 +63,10 @@ EFFECT_IDENTITY = ("run", "circuit", "source", "target", "metric", "baseline", "
 
 EFFECT_COLUMNS = (*EFFECT_IDENTITY, "task", "effect")
 """The columns of `ablation_effects`."""
+
+
+WAIT_S = 5.0
+"""Seconds to wait for a file that another process holds: longer than `featlas serve` keeps it after a page."""
 
 
 class NotAStatisticsStore(UserError):
@@ -196,12 +202,15 @@ def _scaled(covariance: FloatArray, variance_i: FloatArray, variance_j: FloatArr
 class StatisticsStore:
     """Opens, or creates, a statistics store; a context manager. `path` is its file (`*.duckdb`), or the folder of an atlas, which is made.
 
-    Raises `NotAStatisticsStore`, `NewerStatisticsStore`, `OlderStatisticsStore` (read_only) and `StatisticsStoreHeld`.
+    While another process holds the file, `wait_s` seconds are waited for it. Raises `NotAStatisticsStore`, `NewerStatisticsStore`,
+    `OlderStatisticsStore` (read_only) and `StatisticsStoreHeld`.
     """
 
-    def __init__(self, path: str | Path, *, read_only: bool = False, steps: Sequence[Migration] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, read_only: bool = False, steps: Sequence[Migration] | None = None, wait_s: float = WAIT_S
+    ) -> None:
         self.path = _file(Path(path), read_only)
-        self._connection = _connect(self.path, read_only)
+        self._connection = _connect(self.path, read_only, wait_s)
         try:
             self._migrate(tuple(steps) if steps is not None else migrations(), read_only)
         except BaseException:
@@ -669,17 +678,23 @@ def _file(path: Path, read_only: bool) -> Path:
     return path / FILE_NAME
 
 
-def _connect(path: Path, read_only: bool) -> duckdb.DuckDBPyConnection:
+def _connect(path: Path, read_only: bool, wait_s: float = WAIT_S) -> duckdb.DuckDBPyConnection:
     if read_only and not path.exists():
         raise NotAStatisticsStore(f"no statistics store at {path}: `featlas ingest statistics` makes one")
     if not path.parent.is_dir():
         raise NotAStatisticsStore(f"folder {path.parent} for {path.name} does not exist: create it, or choose another atlas by --atlas")
-    try:
-        return duckdb.connect(path, read_only=read_only)
-    except duckdb.IOException as error:
-        message = str(error).splitlines()[0]
-        if "lock" in message.lower():
-            raise StatisticsStoreHeld(f"another process holds {path}: wait until it ends, or choose another atlas by --atlas ({message})") from error
-        raise NotAStatisticsStore(f"{path} cannot be opened as a statistics store ({message}): choose another atlas by --atlas") from error
-    except duckdb.ConnectionException as error:
-        raise StatisticsStoreHeld(f"{path} is open in this process in another mode: close it first ({str(error).splitlines()[0]})") from error
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            return duckdb.connect(path, read_only=read_only)
+        except duckdb.IOException as error:
+            message = str(error).splitlines()[0]
+            if "lock" not in message.lower():
+                raise NotAStatisticsStore(f"{path} cannot be opened as a statistics store ({message}): choose another atlas by --atlas") from error
+            if time.monotonic() >= until:
+                by = re.search(r"\bPID (\d+)", message)
+                who = f"another process{f' ({by[1]})' if by else ''}"
+                raise StatisticsStoreHeld(f"{who} holds {path}: wait until it ends, or choose another atlas by --atlas") from error
+        except duckdb.ConnectionException as error:
+            raise StatisticsStoreHeld(f"{path} is open in this process in another mode: close it first ({str(error).splitlines()[0]})") from error
+        time.sleep(0.05)

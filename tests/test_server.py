@@ -376,6 +376,29 @@ def test_others_write_between_requests_and_are_seen(tmp_path: Path) -> None:
     assert not reader.holds
 
 
+def test_pages_answer_from_the_graph_while_another_process_writes_the_statistics(tmp_path: Path) -> None:
+    fill(tmp_path)
+    code = "import sys; from featlas.queries.statistics import StatisticsStore as S\nwith S(sys.argv[1]): print(flush=True); sys.stdin.read()"
+    reader = AtlasReader(tmp_path)
+    client = TestClient(make_app(reader, TOKEN, Served("", {})), base_url="http://127.0.0.1:1", headers={"authorization": f"Bearer {TOKEN}"})
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        overview = client.get("/api/overview").json()
+        assert "Another process is writing the statistics" in overview["held"]
+        assert client.get("/api/search", params={"text": "resid_0/1"}).json()["found"][0]["key"] == "m|d|resid_0|1"
+        assert client.get("/api/feature", params={"key": "m|d|resid_0|1"}).status_code == 200
+        assert client.get("/api/features").status_code == 200
+        refused = client.get("/api/matching", params={"matching": "x"})
+        assert refused.status_code == 503
+        assert refused.json()["error"] == (
+            "matchings are kept in the statistics of the atlas, which another process is writing: try again when it is done"
+        )
+        holder.communicate()
+    assert "held" not in client.get("/api/overview").json()
+    reader.close()
+
+
 # Listening
 
 

@@ -1,5 +1,7 @@
 """The statistics store: layout and migrations, runs and their state, results, scores, and who may hold the file."""
 
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -167,14 +169,31 @@ def test_a_file_held_by_another_process_says_so(path, store):
     code = "\n".join(
         (
             "import sys", "from featlas.queries.statistics import StatisticsStore, StatisticsStoreHeld",
-            "try: StatisticsStore(sys.argv[1])", "except StatisticsStoreHeld as error: print(error, error.exit_code)",
+            "try: StatisticsStore(sys.argv[1], wait_s=0.1)", "except StatisticsStoreHeld as error: print(error, error.exit_code)",
         )
     )  # fmt: skip
     answer = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
-    assert "another process holds" in answer
+    assert re.fullmatch(rf"another process \({os.getpid()}\) holds \S+: wait until it ends, or choose another atlas by --atlas 1\n", answer)
     assert answer.strip().endswith("1")
     with pytest.raises(StatisticsStoreHeld, match="in this process"):
         StatisticsStore(path, read_only=True)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_that_is_let_go_soon_is_waited_for(tmp_path, read_only):
+    code = "\n".join(
+        (
+            "import sys, time", "from featlas.queries.statistics import StatisticsStore",
+            "with StatisticsStore(sys.argv[1]): print(flush=True); time.sleep(0.7)",
+        )
+    )  # fmt: skip
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(StatisticsStoreHeld):
+            StatisticsStore(tmp_path, read_only=read_only, wait_s=0)
+        with StatisticsStore(tmp_path, read_only=read_only) as store:
+            assert store.version
 
 
 # -- runs and their state ------------------------------------------------------------------------------------
