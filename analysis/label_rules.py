@@ -13,7 +13,8 @@ Every rule gives rows `RULED`: a short label, the evidence in words, and a confi
 5. `place`: where it stands in the circuit: how deep, what it reads, which features it drives. confidence = the greatest of the shares named.
 6. `region`: the region of interest that it belongs to, or the community. confidence = the region's mean correlation; null for communities.
 
-1 and 2 take a run of samples (all activations at all tokens of a text), where there is one, else the strongest contexts of a statistics run.
+1 and 2 take a run of samples (all activations at all tokens of a text), where there is one, else the strongest contexts of a statistics run; these
+also where the samples' tokens are not sure.
 """
 
 from collections.abc import Mapping
@@ -181,7 +182,9 @@ def tokens_rule(found: Occurrences) -> pl.DataFrame:
     if not found.values.nnz:
         return empty()
     by_token = token_shares(found).with_columns(rank=pl.int_range(pl.len()).over("key"))
-    top = by_token.filter((pl.col("rank") < N_TOKENS) & ((pl.col("rank") == 0) | (pl.col("share") >= LEAST_SHARE)))
+    # the strongest contexts are many tokens' as a rule: none of them has much, and they say what it is together
+    enough = (pl.col("rank") == 0) | (pl.col("share") >= LEAST_SHARE) if found.whole else pl.lit(True)
+    top = by_token.filter((pl.col("rank") < N_TOKENS) & enough)
     number = lambda name: pl.col(name).cast(pl.String)
     often = pl.concat_str(pl.lit(", at "), number("n"), pl.lit(" of its "), number("n_token"), pl.lit(" occurrences")) if found.whole else pl.lit("")
     of = pl.when(pl.col("rank") == 0).then(pl.lit(f" {found.of}")).otherwise(pl.lit(""))
@@ -400,6 +403,8 @@ def region_rule(blocks: pl.DataFrame, newest: list[str]) -> pl.DataFrame:
 
 # -- together ------------------------------------------------------------------------------------------------
 
+OF_CONTEXTS = "statistics "
+"""So begins the source of what the strongest contexts of a statistics run say."""
 SURE = 0.3
 """From this confidence on a rule's label is part of the summary."""
 SUMMARY_WIDTH = 90
@@ -408,19 +413,24 @@ SUMMARY_WIDTH = 90
 def summaries(parts: pl.DataFrame) -> pl.DataFrame:
     """One label for each feature from its labels by rule (`RULED`): `key, label, evidence, confidence, source`.
 
-    First what it fires on: the tokens, with their class where that is sure; the class alone where it is surer and no token has a tenth; without
-    either its region or its place. Then, where they are sure, what its decoder promotes and the task that it serves. Confidence and evidence are
-    those of the first part. A feature of which nothing but an unsure decoder is known gets none.
+    First what it fires on: the tokens where they are sure, with their class where that is sure and of the same text; else a class that is surer than
+    they are; without either its region or its place. Tokens of the strongest contexts give way to a sure class alone, and to no place in the text.
+    Then, where they are sure, what its decoder promotes and the task that it serves. Confidence and evidence are those of the first part. A feature
+    of which nothing but an unsure decoder is known gets none.
     """
     if parts.is_empty():
         return empty().drop("rule")
     of = lambda value: (pl.col(value).filter(pl.col("rule") == str(rule)).first().alias(f"{value}_{rule}") for rule in Rule)
-    wide = parts.group_by("key").agg(*of("label"), *of("confidence"), *of("evidence")).sort("key")
+    wide = parts.group_by("key").agg(*of("label"), *of("confidence"), *of("evidence"), *of("source")).sort("key")
     label, sure = lambda rule: pl.col(f"label_{rule}"), lambda rule: pl.col(f"confidence_{rule}").fill_null(0.0)
-    both = (sure(Rule.CLASS) >= SURE) & (sure(Rule.TOKENS) >= LEAST_SHARE)
+    same_text = pl.col(f"source_{Rule.TOKENS}") == pl.col(f"source_{Rule.CLASS}")
+    both = (sure(Rule.CLASS) >= SURE) & (sure(Rule.TOKENS) >= SURE) & same_text
+    in_contexts = pl.col(f"source_{Rule.TOKENS}").str.starts_with(OF_CONTEXTS).fill_null(False)
+    says_more = ~in_contexts | ((sure(Rule.CLASS) >= SURE) & ~label(Rule.CLASS).is_in(list(_PLACES.values())).fill_null(False))
+    by_class = (sure(Rule.CLASS) > sure(Rule.TOKENS)) & (sure(Rule.TOKENS) < SURE) & says_more
     firing = (
         pl.when(both).then(pl.concat_str(label(Rule.TOKENS), pl.lit(" ("), label(Rule.CLASS), pl.lit(")")))
-        .when(sure(Rule.CLASS) > sure(Rule.TOKENS)).then(label(Rule.CLASS))
+        .when(by_class).then(label(Rule.CLASS))
         .otherwise(label(Rule.TOKENS))
     )  # fmt: skip
     sure_decoder = pl.when(sure(Rule.DECODER) >= SURE).then(label(Rule.DECODER))
@@ -431,7 +441,6 @@ def summaries(parts: pl.DataFrame) -> pl.DataFrame:
     ).otherwise(pl.lit(""))  # fmt: skip
     whole = pl.concat_str(first, decoder, task)
     cut = pl.when(whole.str.len_chars() > SUMMARY_WIDTH).then(whole.str.head(SUMMARY_WIDTH - 1) + "…").otherwise(whole)
-    by_class = sure(Rule.CLASS) > sure(Rule.TOKENS)
     rest = (Rule.TOKENS, Rule.REGION, Rule.PLACE, Rule.DECODER, Rule.TASK)
 
     def stands_on(value: str) -> pl.Expr:

@@ -143,7 +143,7 @@ def _from_contexts(atlas: Atlas, own: pl.DataFrame, site: str, dictionary: str, 
     if run is None:
         return []
     contexts = strongest_contexts(atlas.statistics, run.run, own["key"].to_list())
-    return [label_rules.from_contexts(contexts, f"statistics {run.run}")] if contexts.height else []
+    return [label_rules.from_contexts(contexts, f"{label_rules.OF_CONTEXTS}{run.run}")] if contexts.height else []
 
 
 # -- 2. the rules --------------------------------------------------------------------------------------------
@@ -157,6 +157,7 @@ def find_labels(atlas: Atlas, features: pl.DataFrame, options: AutomaticOptions)
     frames: list[pl.DataFrame] = []
     seen = occurrences(atlas, features, options) if {Rule.TOKENS, Rule.CLASS} & set(options.rules) else []
     firing = {rule: pl.concat([label_rules.empty(), *map(apply, seen)]) for rule, apply in _FIRING.items()}
+    firing[Rule.TOKENS] = _surer(atlas, features, firing[Rule.TOKENS])
     names = dict(firing[Rule.TOKENS].select("key", "label").iter_rows())
     for rule in options.rules:
         rows = firing[rule] if rule in firing else _OTHERS[rule](atlas, features, names)
@@ -167,6 +168,20 @@ def find_labels(atlas: Atlas, features: pl.DataFrame, options: AutomaticOptions)
     parts = pl.concat(frames).join(keys, on="key", how="semi") if frames else label_rules.empty()
     joined = label_rules.summaries(parts).with_columns(rule=pl.lit(SUMMARY)).select(list(label_rules.RULED))
     return Automatic(pl.concat([parts, joined.cast(pl.Schema(label_rules.RULED))]), features, left_out)
+
+
+def _surer(atlas: Atlas, features: pl.DataFrame, tokens: pl.DataFrame) -> pl.DataFrame:
+    """The tokens' labels (`RULED`); where what samples say is not sure, the tokens of the strongest contexts, if there are any, take its place.
+
+    A feature that fires on many words has a little of its activation at each of them: the first by its share in a small text may say nothing.
+    """
+    unsure = tokens.filter((pl.col("confidence") < label_rules.SURE) & ~pl.col("source").str.starts_with(label_rules.OF_CONTEXTS))
+    asked = features.join(unsure.select("key"), on="key", how="semi")
+    found: list[Occurrences] = []
+    for (site, dictionary, model), part in asked.partition_by("site", "dictionary", "model", as_dict=True, maintain_order=True).items():
+        found += _from_contexts(atlas, part, str(site), str(dictionary), str(model))
+    instead = pl.concat([label_rules.empty(), *map(label_rules.tokens_rule, found)])
+    return pl.concat([tokens.join(instead.select("key"), on="key", how="anti"), instead]).sort("key")
 
 
 def _reason(rule: Rule, atlas: Atlas) -> str:
@@ -300,7 +315,8 @@ def annotate(store: GraphStore, statistics: StatisticsStore, run: str) -> int:
     features = features.select("key", "model", "dictionary", "site", feature="index").cast(pl.Schema(FEATURE))
     adopt_labels(store, statistics, _older_names(store, statistics, model))
     contexts = strongest_contexts(statistics, run, features["key"].to_list())
-    labels = label_rules.tokens_rule(label_rules.from_contexts(contexts, f"statistics {run}")) if contexts.height else label_rules.empty()
+    source = f"{label_rules.OF_CONTEXTS}{run}"
+    labels = label_rules.tokens_rule(label_rules.from_contexts(contexts, source)) if contexts.height else label_rules.empty()
     named = statistics.query("SELECT key FROM feature_labels WHERE kind = 'automatic' AND rule = ? AND starts_with(source, 'samples')", [Rule.TOKENS])
     fresh = features.join(named, on="key", how="anti")  # what samples say of all activations stays
     remove_labels(statistics, fresh["key"].to_list(), kind=LabelKind.AUTOMATIC, rule=Rule.TOKENS)

@@ -320,6 +320,32 @@ def test_summaries_join_what_is_sure(parts, label, confidence):
     assert row["source"] == ", ".join(rule for rule in Rule if rule in {part[0] for part in parts})
 
 
+@pytest.mark.parametrize(
+    ("tokens", "class_", "label"),
+    [
+        (("cat · dog", 0.2, "statistics r"), ("at the end of the text", 0.7, "samples s"), "cat · dog"),  # a place says nothing of the words
+        (("cat · dog", 0.2, "statistics r"), ("numbers", 0.7, "samples s"), "numbers"),
+        (("cat · dog", 0.1, "statistics r"), ("numbers", 0.2, "samples s"), "cat · dog"),
+        (("cat · dog", 0.5, "statistics r"), ("at the end of the text", 0.7, "samples s"), "cat · dog"),  # of two texts
+        (("cat · dog", 0.5, "statistics r"), ("numbers", 0.7, "statistics r"), "cat · dog (numbers)"),
+        (("seems", 0.2, "samples s"), ("at the end of the text", 0.7, "samples s"), "at the end of the text"),
+        (("seems", 0.2, "samples s"), None, "seems"),
+    ],
+)
+def test_unsure_tokens_give_way_and_a_place_does_not_stand_for_contexts(tokens, class_, label):
+    given = [(Rule.TOKENS, *tokens)] + ([(Rule.CLASS, *class_)] if class_ else [])
+    rows = [{"key": "k", "rule": str(rule), "label": text, "evidence": text, "confidence": c, "source": source} for rule, text, c, source in given]
+    row = one(summaries(pl.DataFrame(rows, schema=empty().schema)), "k")
+    assert row["label"] == label
+    assert row["evidence"] == (class_[0] if class_ and label == class_[0] else tokens[0])
+
+
+def test_the_strongest_contexts_name_three_tokens_however_little_each_has():
+    rows = [("a", 1.0 + 0.01 * i, ["x"], f" word{i}", ["z"]) for i in range(20)]
+    found = from_contexts(pl.DataFrame(rows, schema=["key", "value", "before", "token", "after"], orient="row"), "statistics r")
+    assert one(tokens_rule(found), "a")["label"] == "word19 · word18 · word17"
+
+
 def test_a_feature_of_which_only_an_unsure_decoder_is_known_has_no_summary():
     assert summaries(ruled(("k", Rule.DECODER, "→ x", 0.29))).is_empty()
     assert summaries(empty()).is_empty()
