@@ -181,6 +181,7 @@ def test_a_page_shows_effects_by_its_own_baseline_and_metric(tiny, tmp_path) -> 
         assert "kl, baseline zero, means over sequences" in shown(None, "zero")
 
 
+@pytest.mark.slow
 def test_values_of_single_candidates_are_plotted_by_their_number(tiny, tmp_path: Path) -> None:
     folder = tiny.copied(tmp_path)
     with open_graph(folder) as store, StatisticsStore(folder) as statistics:

@@ -182,6 +182,7 @@ def test_circuit_mistakes(atlas: Path) -> None:
     mistake(featlas("analyze", "circuit", "--sequence", "zzz", "--atlas", atlas), 2, "zzz")
 
 
+@pytest.mark.slow
 def test_circuits_of_a_task_of_others_and_by_hand(atlas: Path, tmp_path: Path) -> None:
     def analyze(*arguments: object) -> dict[str, Any]:
         done = featlas("analyze", "circuit", *arguments, "--atlas", atlas, "--json")
@@ -319,6 +320,7 @@ def test_from_pairs_to_circuit_on_a_tiny_model(tmp_path: Path) -> None:
     assert checked[0]["n"] == 5
 
 
+@pytest.mark.slow
 def test_correlations_of_a_tiny_model(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{(7 * i * i + i // 5) % 40}" for i in range(1200)), encoding="utf-8")
@@ -342,6 +344,7 @@ def test_correlations_of_a_tiny_model(tmp_path: Path) -> None:
     mistake(featlas("ingest", "correlations", *atlas, "--fdr", 2), 2, "fdr is 2.0")
 
 
+@pytest.mark.slow
 def test_weights_of_a_tiny_model(tmp_path: Path) -> None:
     task = tmp_path / "pairs.jsonl"
     task.write_text(json.dumps({"clean": "w1 w2 w3", "corrupt": "w1 w4 w3", "answer": " w5", "wrong_answer": " w6"}), encoding="utf-8")

@@ -1,6 +1,7 @@
 """`featlas compare` and `featlas analyze joint` as a user meets them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,15 @@ from featlas.analysis.comparison_records import Comparison, Values
 from featlas.analysis.comparison_verdict import verdict
 from featlas.analysis.comparisons_store import list_comparisons
 from featlas.analysis.finding import FindingOptions
-from featlas.analysis.graph_comparison import stored_matching
-from featlas.analysis.graph_sides import SideOptions, UnknownSide, read_side
+from featlas.analysis.graph_comparison import MatchSites, stored_matching
+from featlas.analysis.graph_sides import BadMatching, BadSide, GraphSide, SideOptions, UnknownSide, read_side
 from featlas.analysis.joint_partition import NotAligned, joined, mean_shared, moved, partition_jointly, shared
-from featlas.queries.matches import NoMatching
+from featlas.queries.matches import OVERALL, PAIRS, SCORES, MatchingRows, Method, NoMatching, matched_dictionaries, write_matching
+from featlas.queries.matches import SITES as MATCHED_SITES
 from featlas.queries.samples import SiteSamples
 from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import GraphStore, open_graph
+from featlas.show_compare import show_values
 from scipy import sparse
 
 from .study_atlas import TinyAtlas
@@ -105,9 +108,99 @@ def test_other_dictionaries_need_a_matching(tiny: TinyAtlas, atlas: Path, store:
     a, b = (read_side(store, tiny.runs[name], SideOptions()) for name in ("main", "identity"))
     with StatisticsStore(atlas) as statistics, pytest.raises(NoMatching, match="featlas analyze match"):
         stored_matching(statistics, a, b)
-    assert stored_matching(None, a, a) == ("", None)
+    assert stored_matching(None, a, a).pairs is None
+    with pytest.raises(BadSide, match="same nodes"):
+        stored_matching(None, a, a, sites=MatchSites.ALL)
     with pytest.raises(UnknownSide):
         read_side(store, "zzz", SideOptions())
+
+
+def write_pairs(statistics: StatisticsStore, key: str, ends: tuple[str, str], pairs: list[tuple[str, str, Method]]) -> None:
+    """A stored matching of these pairs of keys, all mutual and significant."""
+    sure = {"score": 0.9, "mutual": True, "assigned": True, "significant": True}
+    rows = [
+        {"source": a, "target": b, "site_a": of_a[2], "site_b": of_b[2], "feature_a": int(of_a[3]), "feature_b": int(of_b[3]), "method": str(method)}
+        | sure
+        for a, b, method in pairs for of_a, of_b in [(a.split("|"), b.split("|"))]
+    ]  # fmt: skip
+    record = {"aligned": "gone", "model_a": ends[0], "model_b": ends[1], "source": "text", "settings": "{}", **dict.fromkeys(OVERALL, 1)}
+    frames = (pl.DataFrame(schema=dict(MATCHED_SITES)), pl.DataFrame(rows, schema=dict(PAIRS)), pl.DataFrame(schema=dict(SCORES)))
+    write_matching(statistics, MatchingRows(key, record, *frames))
+
+
+def features_at(side: GraphSide, site: str) -> list[str]:
+    return side.nodes.filter((pl.col("kind") == "feature") & (pl.col("site") == site))["key"].to_list()
+
+
+@pytest.fixture
+def two_sides(tiny: TinyAtlas, store: GraphStore) -> tuple[GraphSide, GraphSide]:
+    a, b = (read_side(store, tiny.runs[name], SideOptions()) for name in ("main", "identity"))
+    assert set(a.dictionaries) == set(b.dictionaries)
+    return a, b
+
+
+def planned(a: GraphSide, b: GraphSide) -> tuple[list[tuple[str, str, Method]], list[tuple[str, str, Method]]]:
+    """Pairs of the same site, one for one; and pairs over all sites, one of which goes from the first site of A to the last of B."""
+    sites = [site for site in a.dictionaries if features_at(a, site) and features_at(b, site)]
+    same = [(x, y, Method.SITE_PAIRS) for site in sites for x, y in zip(features_at(a, site), features_at(b, site))]
+    far = (same[0][0], same[-1][1])
+    return same, [(*far, Method.ALL_SITES), (*far, Method.SITE_PAIRS), *((x, y, Method.ALL_SITES) for x, y, _ in same[1:-1])]
+
+
+def test_features_are_matched_between_the_same_sites_or_over_all(
+    featlas, tiny: TinyAtlas, two_sides: tuple[GraphSide, GraphSide], tmp_path: Path
+) -> None:  # fmt: skip
+    a, b = two_sides
+    atlas = tiny.copied(tmp_path)
+    same, far = planned(a, b)
+    with StatisticsStore(atlas) as statistics:
+        write_pairs(statistics, "m1", (a.model, b.model), same + far)
+        found = stored_matching(statistics, a, b)
+        assert found.sites is MatchSites.SAME
+        assert set(found.pairs.select("source", "target").iter_rows()) == {(x, y) for x, y, _ in same}
+        over_all = stored_matching(statistics, a, b, sites=MatchSites.ALL)
+        assert set(over_all.pairs.select("source", "target").iter_rows()) == {pair[:2] for pair in far}
+        # a site of one name lies elsewhere in a model of another depth
+        elsewhere = replace(b, model="other")
+        write_pairs(statistics, "m2", (a.model, "other"), [(x, y.replace(b.model, "other", 1), method) for x, y, method in same + far])
+        for depth, expected in ((2, MatchSites.SAME), (3, MatchSites.ALL)):
+            assert stored_matching(statistics, a, elsewhere, layers={a.model: 2, "other": depth}).sites is expected
+        assert stored_matching(statistics, b, a).pairs.select("target", "source").sort("target").rows() == sorted((x, y) for x, y, _ in same)
+    asked = ("compare", tiny.runs["main"], tiny.runs["identity"], "--only", "edges", "--draws", 0, "--no-write", "--atlas", atlas)
+    code, out, err = featlas(*asked)
+    assert code == 0, err
+    assert "between the same sites" in out
+    kept = [json.loads(featlas(*asked, "--json", "--match-sites", sites)[1]) for sites in ("same", "all")]
+    assert [one["settings"]["match_sites"] for one in kept] == ["same", "all"]
+    assert kept[0]["key"] != kept[1]["key"]
+
+
+def test_the_newest_matching_of_the_runs_dictionaries_is_taken(tiny: TinyAtlas, two_sides: tuple[GraphSide, GraphSide], tmp_path: Path) -> None:
+    a, b = two_sides
+    same, _ = planned(a, b)
+    others = [(x.replace("|", "|not-", 1), y, method) for x, y, method in same]
+    with StatisticsStore(tiny.copied(tmp_path)) as statistics:
+        write_pairs(statistics, "other", (a.model, b.model), others)
+        with pytest.raises(NoMatching, match="matching other is of other dictionaries"):
+            stored_matching(statistics, a, b)
+        write_pairs(statistics, "fits", (a.model, b.model), same)
+        write_pairs(statistics, "newer", (a.model, b.model), others)
+        assert stored_matching(statistics, a, b).key == "fits"
+        assert stored_matching(statistics, b, a).key == "fits"
+        with pytest.raises(NoMatching, match="matching newer is of other dictionaries"):
+            stored_matching(statistics, a, b, "newer")
+        ends = matched_dictionaries(statistics, "fits")
+        assert ends == tuple(frozenset(key.rpartition("|")[0] + "|" for key in side) for side in zip(*(pair[:2] for pair in same)))
+        write_pairs(statistics, "fits too", (a.model, b.model), same)
+        assert stored_matching(statistics, a, b).key == "fits too"
+
+
+def test_a_matching_that_found_nothing_says_so(tiny: TinyAtlas, two_sides: tuple[GraphSide, GraphSide], tmp_path: Path) -> None:
+    a, b = two_sides
+    with StatisticsStore(tiny.copied(tmp_path)) as statistics:
+        write_pairs(statistics, "none", (a.model, b.model), [])
+        with pytest.raises(BadMatching, match=r"matching none found no pair .*more text .*--null shift .*--draws"):
+            stored_matching(statistics, a, b)
 
 
 # --- joint partitions ---------------------------------------------------------------------------------------------------
@@ -135,6 +228,7 @@ def test_shared_by_hand() -> None:
     assert mean_shared(np.array([0, 0, 0, 1]), np.array([0, 1, 1, 2]), 3) == pytest.approx(0.25 + 0.25 + 0)
 
 
+@pytest.mark.slow
 def test_groups_of_common_causes_are_shared_and_others_are_not() -> None:
     options = FindingOptions(nulls=3)
     both = partition_jointly(*planted(common=True), options, draws=2)
@@ -188,6 +282,38 @@ def test_one_block_of_unrelated_features_is_not_shared() -> None:
     values.add_against("shared", found.shared, "moved", found.null, site="a and b", n=24)
     told = verdict(Comparison("k", "joint", "m", "n", "r", "r", "m", "n", "", {}, {}, values.frame()))
     assert told == ["a and b: no blocks were found in the joint correlations, so that nothing can be said of what is shared."]
+
+
+def test_joint_partitions_of_few_draws_say_that_no_p_can_be_small() -> None:
+    for draws, few in ((3, True), (18, True), (19, False)):
+        values = Values("joint")
+        values.add_against("shared", 0.75, "moved", [0.5] * draws, site="a and b", n=24)
+        told = verdict(Comparison("k", "joint", "m", "n", "r", "r", "m", "n", "", {"draws": draws}, {}, values.frame()))
+        assert told[0].startswith("a and b: 75.0% of both models' features lie in the same blocks (by chance, moved: 50.0%")
+        assert any(f"{draws} draws are too few" in line and "--draws 19" in line for line in told) is few
+
+
+def test_counts_are_whole_answers_are_words_and_a_table_without_nulls_has_no_columns_of_theirs(capsys: pytest.CaptureFixture[str]) -> None:
+    values = Values("refinement")
+    values.add("regions that correspond", 155.0)
+    values.add("fractionally isomorphic", 0.0)
+    show_values(values.frame())
+    said = capsys.readouterr().out
+    lines = {line.rpartition("  ")[0].strip(): line.rpartition("  ")[2].strip() for line in said.splitlines()}
+    assert (lines["regions that correspond"], lines["fractionally isomorphic"]) == ("155", "no")
+    assert "null" not in said
+    values.add_against("Jaccard", 0.5, "rewired", [0.25, 0.25])
+    show_values(values.frame())
+    assert "null's mean" in capsys.readouterr().out
+
+
+def test_percent_stands_beside_percent() -> None:
+    values = Values("edges")
+    values.add_against("Jaccard", 0.287, "B rewired", [0.257] * 19)
+    values.add_against("weighted Jaccard", 0.4, "B rewired", [0.3] * 19)
+    told = verdict(Comparison("k", "graphs", "m", "n", "r", "r", "m", "n", "", {"draws": 19}, {}, values.frame()))
+    assert told[0].startswith("Of all edges of either graph 28.7% are in both (by chance, B rewired: 25.7%, p = 0.05)")
+    assert "weighted by strength 40.0% (by chance, B rewired: 30.0%" in told[0]
 
 
 def test_what_was_cut_off_is_in_a_side_s_name(tiny: TinyAtlas, atlas: Path) -> None:

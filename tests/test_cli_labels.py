@@ -99,6 +99,7 @@ def test_automatic_labels_are_the_same_each_time_and_name_their_rules(run, atlas
     assert "fires on ‘" in out
 
 
+@pytest.mark.slow
 def test_files_are_read_whole_or_not_at_all(run, atlas, tmp_path, refused):
     one, two = present(atlas)[:2]
     file = tmp_path / "labels.csv"
@@ -123,6 +124,7 @@ def test_files_are_read_whole_or_not_at_all(run, atlas, tmp_path, refused):
 
 
 @pytest.mark.parametrize("suffix", ["tsv", "jsonl"])
+@pytest.mark.slow
 def test_what_is_exported_can_be_imported_as_it_was(run, atlas, tmp_path, suffix):
     name = key_of(atlas, present(atlas)[0])
     answer(run, "auto", "--rules", "tokens,task")
@@ -139,11 +141,24 @@ def test_what_is_exported_can_be_imported_as_it_was(run, atlas, tmp_path, suffix
     assert pl.read_parquet(tmp_path / "best.parquet")["key"].is_duplicated().sum() == 0
 
 
+def test_an_import_says_how_many_labels_by_hand_it_replaces(run, atlas, tmp_path):
+    name, other = (key_of(atlas, place) for place in present(atlas)[:2])
+    answer(run, "set", name, "Ann's")
+    answer(run, "set", other, "the same")
+    file = tmp_path / "hand.csv"
+    file.write_text(f"key,label,kind\n{name},Bob's,hand\n{other},the same,hand\n")
+    assert answer(run, "import", file)["replaced"] == 1
+    assert answer(run, "import", file)["replaced"] == 0
+    answer(run, "set", name, "Ann's")
+    assert "; 1 label by hand replaced" in run("import", file)[1]
+
+
 def explanation(index: int, text: str | None, **other: object) -> dict[str, object]:
     known = {"modelId": "tiny", "layer": "0-res-x", "index": str(index), "typeName": "np_max", "explanationModelName": "a-model", "embedding": [0.1]}
     return {**known, "description": text, **other}
 
 
+@pytest.mark.slow
 def test_neuronpedias_exports_and_answers_are_read(run, atlas, tmp_path, refused):
     first, second, third = (int(name.split("/")[1]) for name in present(atlas)[:3])
     folder = tmp_path / "np" / "explanations"
@@ -178,6 +193,7 @@ def test_sae_lens_says_which_site_a_source_of_neuronpedias_is(tmp_path):
         assert neuronpedia_sites(None, statistics) == {"gpt2-small/6-res-jb": "resid_5"}
 
 
+@pytest.mark.slow
 def test_search_finds_what_people_tokens_and_contexts_say(run, atlas):
     name = key_of(atlas, present(atlas)[0])
     answer(run, "set", name, "Éclairs and others")

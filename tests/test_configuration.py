@@ -135,6 +135,7 @@ def test_the_command_line_beats_the_environment_beats_files(
     assert "by_file" in shown.replace(" ", "")  # help tells the default that is true here
 
 
+@pytest.mark.slow
 def test_the_commands(featlas: Run, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEATLAS_CONFIG")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(places["user"]))

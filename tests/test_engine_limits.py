@@ -70,6 +70,7 @@ def test_interpolation_of_a_sequence_does_not_depend_on_its_companions():
     assert_equal(together, alone, tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_the_default_tolerance_keeps_features_within_a_thousandth():
     for kind in ("topk", "relu"):
         binding, dictionaries, batch = setting("llama", kind)

@@ -144,6 +144,7 @@ def test_parquet_holds_the_whole_graph(store: GraphStore, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["graph"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_each_format(featlas: Callable[..., tuple[int, str, str]], tiny: TinyAtlas, tmp_path: Path) -> None:
     atlas = tiny.copied(tmp_path)
     chosen = ("--run", tiny.runs["main"], "--edges", 20, "--atlas", atlas)

@@ -54,6 +54,7 @@ def test_measured_effects_rank_hand_worked_edges():
     assert nested(candidates, scores, [0, 3, len(candidates)])[2].rows.equal(candidates.rows)
 
 
+@pytest.mark.slow
 def test_greedy_pruning_is_the_loop_that_drops_the_least_edge():
     case, candidates = small_case()
     batch = case.batch()
@@ -93,6 +94,7 @@ def test_trained_gates_keep_what_matters():
     assert scores.equal(again)
 
 
+@pytest.mark.slow
 def test_trained_gates_are_no_worse_than_chance():
     case, candidates = small_case()
     batch = case.batch()

@@ -100,6 +100,7 @@ def test_signals_are_as_before_where_none_came(restored: None) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_a_command_that_is_interrupted(
     restored: None, number: signal.Signals, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_command_that_is_interrupted(
     assert (out, one["kind"], one["exit_code"], one["done"], one["total"]) == ("", "Interrupted", code, 3, 10)
 
 
+@pytest.mark.slow
 def test_the_second_one_ends_at_once(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, time\n"

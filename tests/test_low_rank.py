@@ -96,6 +96,7 @@ def test_equal_raw_values_go_to_the_lower_index_as_in_the_encoder():
 
 @pytest.mark.parametrize(("kind", "by_position"), [("relu", True), ("topk", False)])
 @pytest.mark.parametrize("errors", list(Errors))
+@pytest.mark.slow
 def test_circuits_that_lack_one_edge_each_are_the_same_together_and_apart(kind, errors, by_position):
     case = tiny_case("llama", kind, SITES, baseline="counterfactual")
     case = replace(case, pairs=replace(case.pairs, corrupt=torch.cat([case.pairs.clean[:, :1], (case.pairs.clean[:, 1:] + 7) % 48], dim=1)))

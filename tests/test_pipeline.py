@@ -296,6 +296,7 @@ def test_the_mean_baseline_takes_a_statistics_runs_means(tiny, tmp_path):
         plan_run(replace(chosen, settings=replace(chosen.settings, per_position=True)))
 
 
+@pytest.mark.slow
 def test_noise_and_means_per_position_give_the_edges_of_their_moments(tiny, tmp_path):
     """With identity dictionaries and one step an effect on y is gradient · (clean − baseline): the baseline comes back out of the stored edges."""
     plan = plan_run(options(tiny, tmp_path, limit=3, sites=("resid_1",)))
@@ -377,6 +378,7 @@ def test_a_features_target_has_the_effects_that_backward_gives(tiny, tmp_path):
         assert found.get(key, 0.0) == pytest.approx(effect, rel=1e-3, abs=2e-6)
 
 
+@pytest.mark.slow
 def test_targets_are_runs_of_their_own_and_mistakes_come_first(tiny, tmp_path):
     probe = tmp_path / "probe.safetensors"
     save_file({"weight": torch.linspace(-1, 1, 16)}, probe, metadata={"site": "resid_1", "name": "slope"})
@@ -435,6 +437,7 @@ def test_resampling_is_a_counterfactual_with_the_donors_prompt(tiny, tmp_path):
     assert shown[0].height > 500
 
 
+@pytest.mark.slow
 def test_prompts_begin_as_the_dictionaries_or_the_user_say(tiny, tmp_path):
     """With the token put in front, edges are those of prompts that spell it."""
     model = tmp_path / "model"
