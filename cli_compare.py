@@ -58,7 +58,14 @@ def compare_command(
     other_sequence: Annotated[str | None, typer.Option("--other-sequence", help="Of B, one sequence's edges.")] = None,
     matching: Annotated[
         str | None,
-        typer.Option("--matching", help="A stored matching of features, by the beginning of its key; the last of the two models unless given."),
+        typer.Option("--matching", help="A stored matching of features, by the beginning of its key; the last of the two runs' unless given."),
+    ] = None,
+    match_sites: Annotated[
+        Literal["all", "same"] | None,
+        typer.Option(
+            "--match-sites",
+            help="Features paired over all sites at once, or between the same sites; same unless given where runs have the same sites and layers.",
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option("--threshold", help="Only edges at or above this strength, in both graphs.")] = 0.0,
     top_edges: Annotated[int | None, typer.Option("--top-edges", help="Only so many strongest edges of each graph.")] = None,
@@ -95,7 +102,7 @@ def compare_command(
     from .analysis.comparison_plots import comparison_page
     from .analysis.comparisons_store import list_comparisons, read_comparison, write_comparison
     from .analysis.edge_overlap import Scale
-    from .analysis.graph_comparison import CompareOptions, Sources, compare_named
+    from .analysis.graph_comparison import CompareOptions, MatchSites, Sources, compare_named
     from .analysis.graph_sides import SideOptions
     from .queries.statistics import StatisticsStore
 
@@ -121,7 +128,7 @@ def compare_command(
     with open_atlas(atlas, graph, write=False) as store:
         kept = open_statistics(atlas)
         try:
-            sources = Sources(store, kept, matching, parcellation, other_parcellation)
+            sources = Sources(store, kept, matching, None if match_sites is None else MatchSites(match_sites), parcellation, other_parcellation)
             with console.progress("parts", quiet=as_json) as bar:
                 found = compare_named(sources, (run_a, a), (run_b if run_b is not None else run_a, b), options, progress=bar)
         finally:
@@ -161,7 +168,7 @@ def analyze_joint_command(
     min_count: Annotated[int, typer.Option("--min-count", help="A live feature is active on at least so many segments of each half.")] = 10,
     min_sequences: Annotated[int, typer.Option("--min-sequences", help="A live feature is active in at least so many sequences of each half.")] = 5,
     nulls: Annotated[int, typer.Option("--nulls", help="Shuffled copies that the blocks must do better than, at least 3; 0 for none.")] = 3,
-    draws: Annotated[int, typer.Option("--draws", help="Copies with B's text moved against A's; 0 for none.")] = 3,
+    draws: Annotated[int, typer.Option("--draws", help="Copies with B's text moved against A's; 0 for none, 19 or more for a p of 0.05.")] = 3,
     show_n: Annotated[int, typer.Option("--show", help="Blocks of each pair of sites to show.")] = 12,
     device: Device = "cpu",
     seed: Seed = 0,

@@ -105,7 +105,7 @@ def export_command(
         console.say_json({"output": str(output), "format": format.value, "n_nodes": n_nodes, "n_edges": n_edges})
     else:
         console.say(f"wrote {n_nodes:,} nodes and {n_edges:,} edges to {output}")
-        if format is ExportFormat.CIRCUIT_TRACER:
+        if format is ExportFormat.CIRCUIT_TRACER and not console.Settings.quiet:
             console.say(f"see it with circuit-tracer: circuit-tracer start-server --graph_file_dir {output.parent}")
 
 
@@ -233,6 +233,8 @@ def import_circuit_tracer_command(
         console.say_json(asdict(summary))
         return
     new = "" if summary.n_new == summary.n_sequences else f" ({summary.n_new} of them new)"
-    console.say(f"run {summary.run}: {summary.n_sequences} graphs{new} of {summary.model}, {summary.n_nodes:,} nodes, {summary.n_edges:,} edges")
+    graphs = f"{summary.n_sequences:,} graph{'s' if summary.n_sequences != 1 else ''}"
+    console.say(f"run {summary.run}: {graphs}{new} of {summary.model}, {summary.n_nodes:,} nodes, {summary.n_edges:,} edges")
     asked = f"featlas query top_edges --param run={summary.run}, featlas analyze circuit --run {summary.run}, featlas report --run {summary.run}"
-    console.say(f"next: {asked}")
+    if not console.Settings.quiet:
+        console.say(f"next: {asked}")

@@ -18,19 +18,31 @@ TITLES = {
     "joint": "Joint partitions",
 }
 _LINKS_SHOWN = 12
+_COUNTS = ("communities of ", "regions of ", "regions that correspond")
+"""How the quantities begin that are counts."""
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}".replace("-", "−") if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _row(row: dict[str, Any], *, with_site: bool) -> tuple[object, ...]:
+def _value(quantity: str, value: float | None) -> str:
+    """A number of a table: counts whole, answers in words."""
+    if value is not None and quantity == "fractionally isomorphic":
+        return "yes" if value else "no"
+    return f"{value:,.0f}" if value is not None and quantity.startswith(_COUNTS) else _number(value)
+
+
+def _row(row: dict[str, Any], *, with_site: bool, with_null: bool) -> tuple[object, ...]:
     null = row["null"]
     beside = "" if not null else f"{_number(row['null_mean'])} ({_number(row['null_low'])} … {_number(row['null_high'])})"
     site = (row["site"] or "all",) if with_site else ()
+    told = (*site, row["quantity"], _value(row["quantity"], row["value"]))
+    if not with_null:
+        return told
     z = "" if not null else "–" if row["z"] is None else f"{row['z']:+.1f}".replace("-", "−")
     p = "" if row["p"] is None else f"{row['p']:.3g}"
-    return (*site, row["quantity"], _number(row["value"]), beside, z, p, null)
+    return (*told, beside, z, p, null)
 
 
 def show_values(values: pl.DataFrame) -> None:
@@ -42,8 +54,10 @@ def show_values(values: pl.DataFrame) -> None:
         begins = part.partition(",")[0]
         console.heading(TITLES.get(begins, part) + part.removeprefix(begins).replace(",", ", with", 1))
         with_site = bool((own["site"] != "").any())
-        columns = (*(("site",) if with_site else ()), "", "value", "null's mean (middle 95 %)", "z", "p", "null")
-        console.table(columns, [_row(row, with_site=with_site) for row in own.iter_rows(named=True)])
+        with_null = bool((own["null"] != "").any())
+        nulls = ("null's mean (middle 95 %)", "z", "p", "null") if with_null else ()
+        columns = (*(("site",) if with_site else ()), "", "value", *nulls)
+        console.table(columns, [_row(row, with_site=with_site, with_null=with_null) for row in own.iter_rows(named=True)])
 
 
 def show_comparison(found: Comparison, as_json: bool = False) -> None:
@@ -56,7 +70,8 @@ def show_comparison(found: Comparison, as_json: bool = False) -> None:
         return
     console.heading(f"A: {found.a}")
     console.say(f"B: {found.b}")
-    of = f"matching {found.matching} of {found.model_a} and {found.model_b}" if found.matching else f"the same nodes of {found.model_a}"
+    among = {"same": ", between the same sites", "all": ", over all sites"}.get(str(found.settings.get("match_sites")), "")
+    of = f"matching {found.matching} of {found.model_a} and {found.model_b}{among}" if found.matching else f"the same nodes of {found.model_a}"
     console.say(f"nodes: {of}; {found.notes['pairs']:,} pairs, {found.notes['pairs_in_both']:,} with edges in both graphs")
     console.heading("What it says")
     for line in verdict(found):

@@ -20,12 +20,13 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}".replace("-", "−")
 
 
-def _beside(row: dict[str, Any]) -> str:
-    """The null and what follows of it."""
+def _beside(row: dict[str, Any], percent: int | None = None) -> str:
+    """The null and what follows of it. percent: digits after the point where the value is told in percent."""
     if not row["null"] or row["null_mean"] is None:
         return ""
     z = "" if row["z"] is None else f", z = {row['z']:+.1f}".replace("-", "−")
-    return f" (by chance, {row['null']}: {_number(row['null_mean'])}{z}, p = {row['p']:.2g})"
+    mean = _number(row["null_mean"]) if percent is None else f"{row['null_mean']:.{percent}%}"
+    return f" (by chance, {row['null']}: {mean}{z}, p = {row['p']:.2g})"
 
 
 def _excess(row: dict[str, Any]) -> float | None:
@@ -62,8 +63,8 @@ def _edges(found: Comparison) -> list[str]:
     if plain is None or weighted is None or plain["value"] is None:
         return []
     said = [
-        f"Of all edges of either graph {plain['value']:.1%} are in both{_beside(plain)}; weighted by strength {_number(weighted['value'])}"
-        f"{_beside(weighted)}."
+        f"Of all edges of either graph {plain['value']:.1%} are in both{_beside(plain, 1)}; weighted by strength {weighted['value']:.1%}"
+        f"{_beside(weighted, 1)}."
     ]
     signs, rank = found.value("edges", "sign agreement"), found.value("edges", "Spearman, shared edges")
     if plain["value"] > 1 - 1e-12 and weighted["value"] > 1 - 1e-9:
@@ -98,7 +99,7 @@ def _shape(found: Comparison) -> list[str]:
     if same is not None and same["value"] is not None:
         rounds = f"{same['n']} round{'s' if same['n'] != 1 else ''}"
         shared = found.value("refinement", "shared classes after 1 round")
-        after = "" if shared is None else f"; after one round {shared['value']:.0%} of the nodes are in shared classes{_beside(shared)}"
+        after = "" if shared is None else f"; after one round {shared['value']:.1%} of the nodes are in shared classes{_beside(shared, 1)}"
         verdict = "fractionally isomorphic" if same["value"] else "not fractionally isomorphic"
         said.append(f"As graphs with sites for labels they are {verdict} ({rounds} of colour refinement){'' if same['value'] else after}.")
     return said
@@ -126,10 +127,16 @@ def _regions(found: Comparison) -> list[str]:
 
 def _joint(found: Comparison) -> list[str]:
     rows = found.values.filter((pl.col("part") == "joint") & (pl.col("quantity") == "shared"))
-    return [
+    said = [
         f"{row['site']}: " + (
             "no blocks were found in the joint correlations, so that nothing can be said of what is shared." if row["value"] is None
-            else f"{row['value']:.0%} of both models' features lie in the same blocks{_beside(row)}."
+            else f"{row['value']:.1%} of both models' features lie in the same blocks{_beside(row, 1)}."
         )
         for row in rows.iter_rows(named=True)
     ]  # fmt: skip
+    tested = [row for row in rows.iter_rows(named=True) if row["value"] is not None and row["p"] is not None]
+    if tested and all(_too_few(found, row) for row in tested):
+        draws = int(found.settings.get("draws", 0))
+        few = f"{draws} draw{'s are' if draws != 1 else ' is'} too few to say whether that is more than chance"
+        said.append(f"{few}: no p can be below {1 / (1 + draws):.2g}; --draws 19 or more can reach {SURE:g}.")
+    return said

@@ -14,7 +14,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -24,8 +24,10 @@ import polars as pl
 
 from ..errors import UserError
 from ..queries.matches import Method as MatchMethod
-from ..queries.matches import NoMatching, find_matching, read_matches
+from ..queries.matches import NoMatching, find_matching, list_matchings, matched_dictionaries, read_matches
 from ..queries.partitions import stored_parcellations, user_labels
+from ..queries.places import model_layers
+from ..queries.schema import feature_key
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore
 from ..queries.subgraphs import find_run
@@ -34,7 +36,7 @@ from .community_nulls import rewired, task_strengths
 from .comparison_records import CURVES, LINKS, VALUES, Comparison, IntArray, Values, together
 from .edge_overlap import PERMUTED, REWIRED, Scale, compare_edges, coverage
 from .graph_profiles import compare_profiles
-from .graph_sides import BadSide, GraphSide, Paired, SideOptions, one_to_one, pair_nodes, read_side
+from .graph_sides import NO_PAIR, BadMatching, BadSide, GraphSide, Paired, SideOptions, one_to_one, pair_nodes, read_side
 from .parcellation import Parcellation
 from .refinement import Coloured, JointRefinement, quantile_bins, refine_both
 from .region_graphs import MOST_ROUNDS, compare_memberships, compare_regions, drives_of_run, refinement_rows, with_regions
@@ -99,11 +101,12 @@ class NotThere(UserError):
 
 def compare(
     a: GraphSide, b: GraphSide, matched: pl.DataFrame | None = None, options: CompareOptions | None = None, *, matching: str = "",
-    progress: ProgressOf = lambda done, total, what: None,
+    match_sites: "MatchSites | None" = None, progress: ProgressOf = lambda done, total, what: None,
 ) -> Comparison:  # fmt: skip
     """Compare two graphs. matched: `source` (key in A), `target` (key in B), `score`, one to one; None where both have the same nodes.
 
-    matching: the key of the stored matching, for the record. `progress` is told what part goes on. Raises `BadMatching`.
+    matching: the key of the stored matching, match_sites: which of its pairs `matched` are, both for the record.
+    `progress` is told what part goes on. Raises `BadMatching`.
     """
     options = options or CompareOptions()
     options.check()
@@ -118,7 +121,7 @@ def compare(
             without[part.value] = str(reason)
     notes = {"pairs": paired.n, "pairs_in_both": int(paired.both.sum()), "without": without}
     progress(len(chosen), len(chosen), "")
-    settings = _settings(options)
+    settings = _settings(options) | ({} if match_sites is None else {"match_sites": match_sites.value})
     content = json.dumps([_identity(a), _identity(b), matching or _pairs_identity(matched), settings], sort_keys=True, ensure_ascii=False)
     return Comparison(
         hashlib.sha256(content.encode()).hexdigest()[:16], "graphs", a.name, b.name, a.run, b.run, a.model, b.model, matching, settings, notes,
@@ -241,33 +244,98 @@ PARTS: Mapping[Part, Callable[[Paired, CompareOptions], Found]] = MappingProxyTy
 # --- from the stores ------------------------------------------------------------------------------------------------------
 
 
+class MatchSites(StrEnum):
+    """Which pairs of a stored matching say which feature is which."""
+
+    ALL = "all"
+    """Mutual nearest neighbours over all sites at once."""
+    SAME = "same"
+    """Mutual nearest neighbours between sites of one name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where two named sides are read from. matching: the beginning of a stored matching's key, None for the newest of the two models.
+    """Where two named sides are read from. matching: the beginning of a stored matching's key, None for the newest that fits the two runs.
 
+    match_sites: which of its pairs; None for those of the same sites where both runs have the same sites and the models as many layers, else of all.
     parcellation, other_parcellation: the beginnings of keys; None for the regions found last of each side's model.
     """
 
     store: GraphStore
     statistics: StatisticsStore | None
     matching: str | None = None
+    match_sites: MatchSites | None = None
     parcellation: str | None = None
     other_parcellation: str | None = None
 
 
-def stored_matching(statistics: StatisticsStore | None, a: GraphSide, b: GraphSide, key: str | None = None) -> tuple[str, pl.DataFrame | None]:
-    """(key, pairs) of a stored matching with A's features as `source`, whichever way round it was made; ("", None) where both have the same nodes.
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """A stored matching's pairs, A's features as `source`, and which they are; nothing (None) where both sides have the same nodes."""
 
-    The pairs are those over all sites at once. Raises `NoMatching` for two models, or one with other dictionaries at every site, without one.
+    key: str = ""
+    pairs: pl.DataFrame | None = None
+    sites: MatchSites | None = None
+
+
+def stored_matching(
+    statistics: StatisticsStore | None, a: GraphSide, b: GraphSide, key: str | None = None, sites: MatchSites | None = None,
+    layers: Mapping[str, int] | None = None,
+) -> Matched:  # fmt: skip
+    """The significant mutual pairs of a stored matching, whichever way round it was made; none where both have the same nodes.
+
+    key: the beginning of its key, None for the newest of the two models that is of the runs' dictionaries. sites: as `Sources.match_sites`; layers:
+    how many each model has. Raises `NoMatching` for two models, or one with other dictionaries at every site, without one; `BadMatching` for one
+    without pairs; `BadSide` where `sites` says nothing.
     """
     shared = [site for site, name in a.dictionaries.items() if b.dictionaries.get(site) == name]
     if key is None and a.model == b.model and shared:
-        return "", None
+        if sites is not None:
+            raise BadSide(f"--match-sites {sites} says nothing here: both graphs have the same nodes, so that no matching is used")
+        return Matched()
     if statistics is None:
         raise NoMatching(f"no matching of {a.model} and {b.model}: the atlas has no statistics; make one with `featlas analyze match`")
-    chosen = find_matching(statistics, key, model_a=a.model, model_b=b.model)
-    pairs = read_matches(statistics, chosen, model_a=a.model, model_b=b.model, method=MatchMethod.ALL_SITES)
-    return chosen, _turned(pairs, a, b)
+    chosen = _fitting(statistics, a, b, key)
+    if sites is None:
+        counted = layers or {}
+        alike = set(a.dictionaries) == set(b.dictionaries) and counted.get(a.model) == counted.get(b.model)
+        sites = MatchSites.SAME if alike else MatchSites.ALL
+    method = MatchMethod.SITE_PAIRS if sites is MatchSites.SAME else MatchMethod.ALL_SITES
+    pairs = read_matches(statistics, chosen, model_a=a.model, model_b=b.model, method=method).filter("significant", "mutual")
+    if sites is MatchSites.SAME:
+        pairs = pairs.filter(pl.col("site_a") == pl.col("site_b"))
+    if pairs.is_empty():
+        among = "between sites of one name (--match-sites all pairs those of any sites)" if sites is MatchSites.SAME else "over all sites"
+        raise BadMatching(f"matching {chosen} found no pair beyond chance {among}: {NO_PAIR}")
+    return Matched(chosen, _turned(pairs, a, b), sites)
+
+
+def _fitting(statistics: StatisticsStore, a: GraphSide, b: GraphSide, key: str | None) -> str:
+    """The matching that is named, or the newest of the two models that is of most of the runs' sites. Raises `NoMatching`."""
+    named = find_matching(statistics, key, model_a=a.model, model_b=b.model)
+    there = list_matchings(statistics)
+    of_models = [sorted(ends) == sorted((a.model, b.model)) for ends in zip(there["model_a"], there["model_b"], strict=True)]
+    asked = [named] if key is not None else there.filter(pl.Series(of_models, dtype=pl.Boolean))["matching"].to_list()
+    wanted = [{feature_key(side.model, name, site, "") for site, name in side.dictionaries.items()} for side in (a, b)]
+    covered = {matching: _covers(matched_dictionaries(statistics, matching), wanted) for matching in asked}
+    fitting = {matching: n for matching, n in covered.items() if n is not None}
+    if not fitting:
+        which = f"matching {named} is" if len(asked) == 1 else f"all {len(asked)} matchings of {a.model} and {b.model} are"
+        raise NoMatching(
+            f"{which} of other dictionaries than {a.name} and {b.name}: make one of theirs with `featlas ingest aligned` and `featlas analyze match`"
+        )
+    return max(fitting, key=lambda matching: fitting[matching])  # the first of them, which is the newest
+
+
+def _covers(ends: Sequence[Set[str]], wanted: Sequence[Set[str]]) -> int | None:
+    """How many of both runs' sites a matching is of, whichever way round; None where it is of no site of one of them.
+
+    A run that does not say what its dictionaries are fits any, and so does a matching that has neither aligned samples nor pairs.
+    """
+    if not any(ends) or not all(wanted):
+        return 0
+    ways = [[len(own & asked) for own, asked in zip(way, wanted, strict=True)] for way in (ends, ends[::-1])]
+    return max((sum(way) for way in ways if all(way)), default=None)
 
 
 def _turned(pairs: pl.DataFrame, a: GraphSide, b: GraphSide) -> pl.DataFrame:
@@ -290,11 +358,11 @@ def compare_named(
 ) -> Comparison:  # fmt: skip
     """Compare two runs or circuits by the beginnings of their keys, with the regions of their models where there are some."""
     sides = [read_side(sources.store, name, own) for name, own in (a, b)]
-    matching, matched = stored_matching(sources.statistics, sides[0], sides[1], sources.matching)
+    found = stored_matching(sources.statistics, sides[0], sides[1], sources.matching, sources.match_sites, model_layers(sources.store))
     if {Part.REGIONS, Part.PARTITIONS, Part.TRANSPORT} & set(options.parts):
         whole = all(own == SideOptions(by=own.by) for _, own in (a, b))
         sides = list(_with_regions(sources, sides, whole))
-    return compare(sides[0], sides[1], matched, options, matching=matching, progress=progress)
+    return compare(sides[0], sides[1], found.pairs, options, matching=found.key, match_sites=found.sites, progress=progress)
 
 
 def _with_regions(sources: Sources, sides: Sequence[GraphSide], whole: bool) -> Iterator[GraphSide]:

@@ -27,6 +27,9 @@ from .comparison_records import FloatArray, IntArray
 
 NODES = ("key", "site", "layer", "kind", "index", "order")
 
+NO_PAIR = "align more text (`featlas ingest aligned`), or match again with --null shift or more --draws (`featlas analyze match`)"
+"""What to do where a matching found nothing."""
+
 
 class UnknownSide(UserError):
     """A name is neither a run's nor a circuit's."""
@@ -334,8 +337,14 @@ def pair_nodes(a: GraphSide, b: GraphSide, matched: pl.DataFrame | None = None) 
     own = [side.nodes.with_row_index("row").select(pl.col("row").cast(pl.Int64), "key", "site", "kind") for side in (a, b)]
     features = _same_keys(a, b, *own) if matched is None else _matched_keys(_known(one_to_one(matched), a, b), matched, *own)
     if features.filter(pl.col("a").is_not_null() & pl.col("b").is_not_null()).is_empty():
-        what = "the two graphs have no feature in common" if matched is None else "no matched feature has edges in both graphs"
-        raise BadMatching(f"{what}: {a.name} ({a.model}) and {b.name} ({b.model}); match their features with `featlas analyze match`")
+        two = f"{a.name} ({a.model}) and {b.name} ({b.model})"
+        if matched is None:
+            raise BadMatching(f"the two graphs have no feature in common: {two}; match their features with `featlas analyze match`")
+        n_pairs = one_to_one(matched).height
+        if not n_pairs:
+            raise BadMatching(f"the matching found no pair beyond chance: {two}; {NO_PAIR}")
+        what = f"the matching found {n_pairs:,} pair{'s' if n_pairs != 1 else ''}, but none has edges in both graphs"
+        raise BadMatching(f"{what}: {two}; keep more edges, name another one by --matching, or {NO_PAIR}")
     errors, output = (
         tuple(nodes.filter(pl.col("kind") == kind).select("row", "site") for nodes in own) for kind in ("error", "output")
     )

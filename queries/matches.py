@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from .correlations import CHUNK
 from .samples import ABANDONED_SECONDS, SampleRun, SampleStore, SiteSamples
+from .schema import feature_key
 from .statistics import StatisticsStore
 from .store import GraphStore
 
@@ -305,6 +306,22 @@ def find_matching(statistics: StatisticsStore, key: str | None = None, *, model_
     of = f" of {' and '.join(named)}" if named else ""
     said = f"matching {key!r} is not unique" if chosen else f"no matching{f' {key!r}' if key else ''}{of}"
     raise NoMatching(f"{said} in {statistics.path}: there are {known}{way_out}")
+
+
+def matched_dictionaries(statistics: StatisticsStore, matching: str) -> tuple[frozenset[str], frozenset[str]]:
+    """What a matching (its whole key) is of, on either side: how the keys of the sites' features begin, `model|dictionary|site|`.
+
+    By its aligned samples where the atlas still has them, and by its pairs; both empty where there are neither. Raises `NewerAligned`.
+    """
+    ends: list[frozenset[str]] = []
+    aligned = str(statistics.query("SELECT aligned FROM matchings WHERE matching = ?", [matching]).item())
+    samples = AlignedStore(statistics.path.parent)
+    there = samples.open(aligned) if samples.has(aligned) else None
+    for end, side in (("source", None if there is None else there.a), ("target", None if there is None else there.b)):
+        rows = statistics.query(f"SELECT DISTINCT regexp_replace({end}, '[^|]*$', '') AS begins FROM matched_pairs WHERE matching = ?", [matching])
+        known = {} if side is None else side.dictionaries
+        ends.append(frozenset({*rows["begins"].to_list(), *(feature_key(side.model, name, site, "") for site, name in known.items() if side)}))
+    return ends[0], ends[1]
 
 
 def read_matches(

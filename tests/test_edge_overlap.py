@@ -151,3 +151,9 @@ def test_one_to_one_takes_the_best_pair_whose_ends_are_free() -> None:
 def test_nothing_matched_is_said_with_the_way_out() -> None:
     with pytest.raises(BadMatching, match="featlas analyze match"):
         pair_nodes(layered(0), layered(0, model="another"))
+    nothing = pl.DataFrame(schema={"source": pl.String, "target": pl.String, "score": pl.Float64})
+    with pytest.raises(BadMatching, match=r"the matching found no pair .*more text.*--null shift.*--draws"):
+        pair_nodes(layered(0), layered(0, model="another"), nothing)
+    strangers = pl.DataFrame({"source": ["x"], "target": ["y"], "score": [1.0]})
+    with pytest.raises(BadMatching, match="found 1 pair, but none has edges in both graphs"):
+        pair_nodes(layered(0), layered(0, model="another"), strangers)
