@@ -338,6 +338,10 @@ def test_commands_write_and_read(featlas: Callable[..., tuple[int, str, str]], t
     code, out, err = featlas("import", "circuit-tracer", path, "--atlas", atlas, "--json")
     assert code == 0, err
     assert json.loads(out)["n_edges"] == 8
+    assert ": 1 graph (0 of them new) of " in featlas("import", "circuit-tracer", path, "--atlas", atlas)[1]
+    quiet = ("-q", "export", tmp_path / "quiet.json", "--format", "circuit-tracer", "--threshold", "0", "--atlas", atlas)
+    code, out, err = featlas(*quiet)
+    assert (code, len(out.splitlines()), err) == (0, 1, "")
     code, out, err = featlas("export", tmp_path / "out" / "again.json", "--format", "circuit-tracer", "--threshold", "0", "--atlas", atlas)
     assert (code, "8 edges" in out) == (0, True), err
     fits_the_format(json.loads((tmp_path / "out" / "again.json").read_text()))
