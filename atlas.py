@@ -374,6 +374,10 @@ class Atlas:
                     contexts = strongest_contexts(statistics, measured, features["key"].to_list())
         return feature_notes(features, contexts, output=(run.metric.replace("_", " ") if run else "output"))
 
+    def __repr__(self) -> str:
+        of = f", graph={re.sub('//[^/@]*@', '//', self.graph)!r}" if self.graph else ""
+        return f"Atlas({str(self.path)!r}{of}{'' if self.read_only else ', read_only=False'})"
+
     def _repr_html_(self) -> str:
         """What there is, in a notebook."""
         runs, counts = self.runs, self.query("overview")
@@ -513,6 +517,9 @@ class AtlasRun:
             raise UserError(f"sequence {name!r} {'fits several' if keys else 'is none'} of run {self.key}: it has {known}, … (`run.sequences`)")
         return str(keys[0])
 
+    def __repr__(self) -> str:
+        return f"AtlasRun({self.key!r}, {self.task}, {self.properties.get('n_edges') or 0:,} edges)"
+
     def _repr_html_(self) -> str:
         names = ("model", "method", "steps", "metric", "baseline", "threshold", "n_sequences", "n_edges", "status")
         rows = pl.DataFrame({"property": names, "value": [str(self.properties.get(name, "")) for name in names]})
@@ -620,6 +627,9 @@ class AtlasCircuit:
         with self.atlas.store() as store:
             return write_circuit(store, self.circuit)
 
+    def __repr__(self) -> str:
+        return f"AtlasCircuit({self.key!r}, {self.circuit.n_nodes:,} nodes, {self.circuit.n_edges:,} edges)"
+
     def _repr_html_(self) -> str:
         c = self.circuit
         said = f"{c.n_nodes:,} nodes, {c.n_edges:,} edges, average degree {c.average_degree:.1f}, density {c.density:.3g}"
@@ -696,6 +706,10 @@ class AtlasFeature:
     def regions(self) -> pl.DataFrame:
         """The regions that it is in, at every level of every parcellation."""
         return self.atlas.query("regions_of_feature", feature=self.key)
+
+    def __repr__(self) -> str:
+        label = self.row.get("label")
+        return f"AtlasFeature({self.key!r}{f', {label!r}' if label else ''})"
 
     def _repr_html_(self) -> str:
         """Its name and strongest contexts, the token marked."""

@@ -148,7 +148,7 @@ def labels_import_command(
     import polars as pl
 
     from .ingest.label_files import NoLabelFile, neuronpedia_sites, read_label_file, read_neuronpedia, resolve, site_options
-    from .queries.labels import adopt_labels, write_labels
+    from .queries.labels import LabelKind, adopt_labels, labels_of, write_labels
 
     if site and format != "neuronpedia":
         raise NotBoth("--site is for --format neuronpedia: a table has a column site")
@@ -166,14 +166,19 @@ def labels_import_command(
         rows = found.rows.drop("place").with_columns(author=pl.col("author").fill_null(pl.lit(author, dtype=pl.String)))
         if store is not None:
             adopt_labels(store, statistics, keys=rows["key"].unique().to_list(), of_unknown_kind=False)
+        by_hand = rows.filter(pl.col("kind") == LabelKind.HAND).unique("key", keep="last").select("key", now="label")
+        before = labels_of(statistics, by_hand["key"].to_list()).filter(pl.col("kind") == LabelKind.HAND)
+        replaced = before.join(by_hand, on="key").filter(pl.col("label") != pl.col("now")).height
         n = write_labels(statistics, rows)
         changed = _apply(store, statistics, rows["key"].unique().to_list())
     for problem in found.problems if not as_json else ():
         console.note(f"left out: {problem}")
     if as_json:
-        console.say_json({"labels": n, "changed": changed, "left_out": list(found.problems), "empty": found.n_empty})
+        console.say_json({"labels": n, "changed": changed, "left_out": list(found.problems), "empty": found.n_empty, "replaced": replaced})
     else:
         empty = f"; {found.n_empty:,} explanations have no text" if found.n_empty else ""
+        if replaced:
+            empty += f"; {replaced:,} {'label' if replaced == 1 else 'labels'} by hand replaced"
         console.say(f"{n:,} labels of {rows['key'].n_unique():,} features read; {changed:,} features of the graph have another label now{empty}")
 
 

@@ -43,11 +43,18 @@ NODES = {
 LINKS = {"source": pl.String(), "target": pl.String(), "weight": pl.Float64()}
 
 _NODE_ID = re.compile(r"(-?\w+)_(-?\d+)_(\d+)")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # no label holds these, see `queries.labels.checked`
+_PICTURES = {**{i: 0x2400 + i for i in range(0x20) if chr(i) not in "\n\t\r"}, 0x7F: 0x2421}  # a token of one byte keeps something to be seen
 _LOGIT = re.compile(r'Output "(.*)" \(p=[^)]*\)', re.DOTALL)
 
 
 class NotAnAttributionGraph(UserError):
     """The file is no attribution graph of circuit-tracer's or Neuronpedia's format."""
+
+
+def _stripped(label: str) -> str:
+    """A label without control characters."""
+    return _CONTROL.sub("", label)
 
 
 class BadAttributionGraph(UserError):
@@ -202,15 +209,15 @@ class _Reader:
             raise BadAttributionGraph(f"{where} is of kind {told['kind']!r} at position {told['pos']} in its field {OWN!r}")
         if not isinstance(own.get("dictionary"), str | None):
             raise BadAttributionGraph(f"{where}: the dictionary {own['dictionary']!r} in its field {OWN!r} is no text")
-        label = own.get("label")
-        return {**told, "site": site.name, "layer": site.layer, "dictionary": own.get("dictionary"), "label": label if label is None else str(label)}
+        label = None if own.get("label") is None else _stripped(str(own["label"])) or None
+        return {**told, "site": site.name, "layer": site.layer, "dictionary": own.get("dictionary"), "label": label}
 
     def _foreign(self, entry: Mapping[str, Any], node_id: str, type: str, pos: int, where: str) -> dict[str, Any]:
         """What circuit-tracer's own fields say."""
-        label = str(entry.get("clerp") or "") or None
+        label = _stripped(str(entry.get("clerp") or "")) or None
         if type == TOKEN:
             index = self._index(entry, node_id, "E", where)
-            return {"site": EMBED.name, "layer": EMBED.layer, "kind": "feature", "index": index, "label": self.tokens[pos]}
+            return {"site": EMBED.name, "layer": EMBED.layer, "kind": "feature", "index": index, "label": self.tokens[pos].translate(_PICTURES)}
         layer = self._layer(entry, node_id, where)
         if type == LOGIT:
             self.logit_layers.append(layer)

@@ -59,9 +59,10 @@ def count_all(store: GraphStore) -> dict[str, int]:
 
 
 def _properties(store: GraphStore, label: str, where: str = "", parameters: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
-    """All properties of the nodes of a label, by key."""
+    """All properties of the nodes of a label, by key; null where a node has none, which one of the databases would leave out."""
     rows = store.query(f"MATCH (n:{label}) {where} RETURN properties(n) AS properties, n.key AS key ORDER BY key", parameters)
-    return [json.loads(text) for text in rows["properties"].to_list()] if rows.height else []
+    absent = dict.fromkeys(NODES[label].all_columns)
+    return [{**absent, **json.loads(text)} for text in rows["properties"].to_list()] if rows.height else []
 
 
 def models_of(store: GraphStore) -> list[dict[str, Any]]:

@@ -189,6 +189,17 @@ def test_a_circuit_is_saved_where_the_atlas_may_be_written(tiny, tmp_path):
     assert atlas.run(tiny.runs["main"]).circuits.height == 1
 
 
+def test_in_print_things_say_briefly_what_they_are(atlas, run):
+    circuit = run.circuit(edges=20)
+    one = atlas.feature(circuit.top(1)["key"][0])
+    assert repr(atlas) == f"Atlas({str(atlas.path)!r})"
+    assert repr(Atlas("a", graph="bolt://neo4j:secret@host:7687", read_only=False)) == "Atlas('a', graph='bolt://host:7687', read_only=False)"
+    assert repr(run) == f"AtlasRun({run.key!r}, {run.task}, {run.properties['n_edges']:,} edges)"
+    assert repr(circuit) == f"AtlasCircuit({circuit.key!r}, {circuit.circuit.n_nodes} nodes, {circuit.circuit.n_edges} edges)"
+    assert repr(one).startswith(f"AtlasFeature({one.key!r}")
+    assert len(repr(one)) < 200
+
+
 def test_notebook_texts_are_escaped(tiny, tmp_path):
     folder = tiny.copied(tmp_path)
     with open_graph(folder) as graph:

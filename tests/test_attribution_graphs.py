@@ -82,6 +82,17 @@ def test_a_feature_named_by_its_pairing_alone_is_found() -> None:
     assert graph.nodes.filter(pl.col("site") == "mlp_20")["index"].to_list() == [15589]
 
 
+def test_control_characters_stand_in_no_label() -> None:
+    content = texas()
+    content["nodes"][2]["clerp"] = "cap\x01it\x7fals\u009f\ttwo"
+    content["nodes"][3]["clerp"] = "\x02"
+    content["metadata"]["prompt_tokens"][2] = "\x03"
+    labels = parse_attribution_graph(content, "texas.json").nodes["label"].to_list()
+    assert labels[2] == "capitals\u009f\ttwo"
+    assert labels[3] is None
+    assert labels[0] == "␃"
+
+
 def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     content = copy.deepcopy(texas())
     change(content)

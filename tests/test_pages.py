@@ -17,6 +17,8 @@ from featlas.pages.payload import BadPageParameter, UnknownPage, answer, feature
 from featlas.pages.report import NothingToReport, ReportOptions, contents, render
 from featlas.pages.source import PageSource, plain
 from featlas.pages.studies import NoStatistics, NoSuchStudy
+from featlas.queries.pages import circuits_of
+from featlas.queries.schema import NODES
 from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import open_graph
 
@@ -259,3 +261,11 @@ def test_an_empty_atlas_is_said_to_be_empty(tmp_path: Path) -> None:
 
 def test_the_model_is_named(source: PageSource) -> None:
     assert [model["key"] for model in answer(source, "overview")["models"]] == [MODEL]
+
+
+def test_nodes_have_every_property_of_the_schema_null_where_they_have_none(tmp_path: Path) -> None:
+    with open_graph(tmp_path) as store:
+        store.merge_nodes("Circuit", pl.DataFrame({"key": ["c"], "run": ["r"]}))
+        (circuit,) = circuits_of(store)
+    assert set(NODES["Circuit"].all_columns) <= set(circuit)
+    assert (circuit["key"], circuit["run"], circuit["faithfulness"]) == ("c", "r", None)
