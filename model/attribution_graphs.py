@@ -202,7 +202,7 @@ class _Reader:
         """What featlas wrote beside the format's fields."""
         try:
             site = parse_site(str(own["site"]))
-            told = {"key": str(own["key"]), "kind": str(own["kind"]), "index": int(own["index"]), "pos": int(own["pos"])}
+            told: dict[str, Any] = {"key": str(own["key"]), "kind": str(own["kind"]), "index": int(own["index"]), "pos": int(own["pos"])}
         except (KeyError, TypeError, ValueError):
             raise BadAttributionGraph(f"{where} names no key, site, kind, index and pos in its field {OWN!r}") from None
         if told["kind"] not in ("feature", "error", "output") or not -1 <= told["pos"] < max(len(self.tokens), 1):
