@@ -70,8 +70,8 @@ def show_matching(matching: Matching, contexts: pl.DataFrame, *, known: bool) ->
 def _say_why(matching: Matching) -> None:
     """Of a search without a match: how far scores and chance reach, and the other chance where texts that are made alike leave this one no room."""
     scores = matching.scores.filter(pl.col("site_a") == "")
-    reached = [scores.filter(pl.col(name) > 0)["low"].max() for name in ("n", "null_n")]
-    if None in reached:
+    reached = [low for name in ("n", "null_n") if isinstance(low := scores.filter(pl.col(name) > 0)["low"].max(), float)]
+    if len(reached) < 2:
         return
     console.say("their r reaches {:.2f}, chance's {:.2f}".format(*reached))
     if matching.settings["null"] == "sequences":
