@@ -138,7 +138,7 @@ def members_of(models: Sequence[str], *, axis: Sequence[float] | None = None) ->
         found = [_number(model) for model in models]
         counted = all(number is not None for number in found) and len(set(found)) == len(found)
         places = found if counted else range(len(models))
-        members = [Member(model, float(x or 0), _short(model)) for model, x in zip(models, places)]
+        members = [Member(model, float(x or 0), name) for model, x, name in zip(models, places, _names(models))]
     if axis is not None:
         if len(axis) != len(members):
             raise BadSeries(f"{len(axis)} places are given for {len(members)} models: give one for each")
@@ -160,6 +160,16 @@ def begin_series(models: Sequence[str], options: SeriesOptions) -> SeriesOptions
         raise BadSeries("the models are to be measured on a task: name one with --task")
     options.check()
     return options
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """What each model is called: the end of its name, as much of it as tells it from the others."""
+    parts = [re.split(r"[/@]", model.rstrip("/")) for model in models]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-n:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(models)
 
 
 def _short(model: str) -> str:
@@ -189,7 +199,7 @@ def series_key(members: Sequence[Member], options: SeriesOptions) -> str:
 
 def _member_key(member: Member, options: SeriesOptions) -> str:
     files = [_content(name) for name in (member.model, options.task, str(options.texts or ""), _named_dictionaries(member, options))]
-    return _hashed(member.model, member.x, options.settings, files)
+    return _hashed(member.model, member.x, member.name, options.settings, files)
 
 
 def _hashed(*content: object) -> str:

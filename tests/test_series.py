@@ -67,7 +67,8 @@ def test_the_members_of_a_folder_are_its_checkpoints(checkpoints: Path) -> None:
         (["EleutherAI/pythia-70m-deduped@step3000", "EleutherAI/pythia-70m-deduped@step512"], [("step512", 512), ("step3000", 3000)]),
         (["E/pythia-160m", "E/pythia-1.4b", "E/pythia-70m"], [("pythia-70m", 70e6), ("pythia-160m", 160e6), ("pythia-1.4b", 1.4e9)]),
         (["models/first", "models/second/"], [("first", 0), ("second", 1)]),
-        (["seed-3/model", "seed-4/model"], [("model", 0), ("model", 1)]),
+        (["seed-3/model", "seed-4/model"], [("seed-3/model", 0), ("seed-4/model", 1)]),
+        (["E/pythia-70m@step8", "E/pythia-160m@step8"], [("pythia-70m/step8", 0), ("pythia-160m/step8", 1)]),
         (["a-7b", "b-7b"], [("a-7b", 0), ("b-7b", 1)]),
     ],
 )
