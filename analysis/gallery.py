@@ -178,7 +178,9 @@ def sweep_exhibits(values: pl.DataFrame, sizes: pl.DataFrame, options: GalleryOp
     tasks = own["task"].unique(maintain_order=True).to_list()
     shown = [_faithfulness(own, sizes, options, options.metric, None)]
     shown += [_faithfulness(own, sizes, options, options.metric, task) for task in tasks] if len(tasks) > 1 else []
-    shown += [_matched(own, sizes, options)] if own.select("method", "ablation").n_unique() > 1 else []
+    # a sweep of regions has no circuits of single edges, which others are matched to
+    ours = own.filter((pl.col("method") == ATTRIBUTION) & (pl.col("ablation") == _reference(own)[1]))
+    shown += [_matched(own, sizes, options)] if ours.height and own.select("method", "ablation").n_unique() > 1 else []
     shown += [_sequences(own, sizes, options)] if options.metric not in RATIO_OF_MEANS_ONLY else []
     shown += [_areas(own, options)] if _whole_grid(own, options) else []
     for metric in options.others:
@@ -246,10 +248,15 @@ def _interval(low: float | None, high: float | None) -> str:
     return "" if low is None or high is None else f" ({low:.3f} … {high:.3f})".replace("-", "−")
 
 
+def _reference(values: pl.DataFrame) -> tuple[str, str]:
+    """What the others are matched to: attribution's circuits, by edge ablation where there is any."""
+    ablations = values["ablation"].unique().sort().to_list()
+    return ATTRIBUTION, "edge" if "edge" in ablations else ablations[0]
+
+
 def _matched(values: pl.DataFrame, sizes: pl.DataFrame, options: GalleryOptions) -> Exhibit:
     """How far every method is above or below attribution by edge ablation at equal size."""
-    ablations = values["ablation"].unique().to_list()
-    reference = (ATTRIBUTION, "edge" if "edge" in ablations else ablations[0])
+    reference = _reference(values)
     frames = [
         matched(values, sizes, reference, on=on, averaging=(options.average(options.metric),), bootstrap=options.bootstrap)
         for on in ("n_edges", "n_nodes", "average_degree", "size")

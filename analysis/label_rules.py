@@ -114,16 +114,21 @@ def percent(share: pl.Expr) -> pl.Expr:
     return pl.when((share > 0) & (share < 0.005)).then(pl.lit("< 1 %")).otherwise(rounded + pl.lit(" %"))
 
 
+# what no label holds (`queries.labels.checked`), as the pictures that Unicode has of them
+_CONTROLS = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {"\x7f": "␡"}
+
+
 def shown(token: pl.Expr) -> pl.Expr:
     """A token as names show it: without the blanks around it, line breaks visible."""
     visible = token.str.strip_chars(" ").replace({"": "␣"}).str.replace_all("\n", "⏎", literal=True).str.replace_all("\t", "⇥", literal=True)
-    visible = visible.str.replace_all("\r", "␍", literal=True)
+    visible = visible.str.replace_many(list(_CONTROLS), list(_CONTROLS.values()))
     return pl.when(visible.str.len_chars() > _WIDTH).then(visible.str.head(_WIDTH - 1) + "…").otherwise(visible)
 
 
 def quoted(token: pl.Expr) -> pl.Expr:
     """A token as evidence shows it: between quotes, its blanks kept, line breaks visible."""
-    visible = token.str.replace_all("\n", "⏎", literal=True).str.replace_all("\t", "⇥", literal=True).str.replace_all("\r", "␍", literal=True)
+    visible = token.str.replace_all("\n", "⏎", literal=True).str.replace_all("\t", "⇥", literal=True)
+    visible = visible.str.replace_many(list(_CONTROLS), list(_CONTROLS.values()))
     cut = pl.when(visible.str.len_chars() > _WIDTH).then(visible.str.head(_WIDTH - 1) + "…").otherwise(visible)
     return pl.concat_str(pl.lit("‘"), cut, pl.lit("’"))
 

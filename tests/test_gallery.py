@@ -209,3 +209,10 @@ class TestInABrowser:
         page.set_viewport_size({"width": 700, "height": 800})
         page.wait_for_timeout(400)
         assert page.evaluate("document.documentElement.scrollWidth") <= 700
+
+
+def test_a_sweep_without_attribution_has_nothing_to_be_matched_to() -> None:
+    others = {method: rate for method, rate in METHODS.items() if method != "attribution"}
+    shown = sweep_exhibits(made_values(others), made_sizes(others), GalleryOptions("logit_diff", bootstrap=FEW))
+    assert "faithfulness-logit-diff-pooled" in [exhibit.name for exhibit in shown]
+    assert "matched" not in [exhibit.name for exhibit in shown]

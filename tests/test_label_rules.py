@@ -19,8 +19,10 @@ from featlas.analysis.label_rules import (
     empty,
     from_contexts,
     place_rule,
+    quoted,
     region_rule,
     sampled,
+    shown,
     summaries,
     task_rule,
     task_shares,
@@ -33,6 +35,7 @@ from featlas.model.binding import Binding
 from featlas.model.loading import load_model
 from featlas.model.sites import Basis, parse_site
 from featlas.model.weights import ModelWeights
+from featlas.queries.labels import checked
 from featlas.queries.places import BLOCKS, DRIVES
 from featlas.queries.samples import SiteSamples
 from scipy import sparse
@@ -360,3 +363,11 @@ def test_names_that_a_rule_gave_are_marked():
     notes = feature_notes(features, contexts)
     assert notes.select("name", "label_kind").rows() == [("mine", "hand"), ("who", "automatic"), ("cat", "automatic"), ("error of resid_1", None)]
     assert [marked(*row) for row in notes.select("name", "label_kind").rows()] == ["mine", "≈ who", "≈ cat", "error of resid_1"]
+
+
+def test_control_characters_of_tokens_are_shown_as_pictures() -> None:
+    tokens = pl.DataFrame({"t": [" a\x19b", "\r\n", "\x7f", "x\ty"]})
+    names = tokens.select(shown(pl.col("t")))["t"].to_list()
+    assert names == ["a␙b", "␍⏎", "␡", "x⇥y"]
+    assert [checked(name) for name in names] == names
+    assert tokens.select(quoted(pl.col("t")).alias("t"))["t"].to_list() == ["‘ a␙b’", "‘␍⏎’", "‘␡’", "‘x⇥y’"]

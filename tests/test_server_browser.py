@@ -129,7 +129,7 @@ def test_cypher_of_ones_own_its_parameters_and_its_mistakes(visit) -> None:
     ask(page, "MATCH (f:Feature RETURN f")
     expect(page.locator(".cy-error")).to_contain_text("Parser exception")
     ask(page, "MATCH (f:Feature) SET f.label = 'x'")
-    expect(page.locator(".cy-error")).to_contain_text("Reading is all that is allowed")
+    expect(page.locator(".cy-error")).to_contain_text("This page only reads")
     ask(page, "RETURN 1 AS x")
     expect(page.locator(".cy-error")).to_be_hidden()
     expect(page.locator(".cy-status")).to_contain_text("1 row in")
