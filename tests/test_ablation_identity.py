@@ -26,6 +26,8 @@ from featlas.queries.subgraphs import find_run
 
 from .study_atlas import TinyAtlas, options
 
+pytestmark = pytest.mark.slow  # each runs whole commands or sweeps
+
 ALONE = verdict.VerdictOptions(controls=())
 
 

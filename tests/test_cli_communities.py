@@ -10,6 +10,8 @@ from featlas.queries.store import open_graph
 
 from .study_atlas import TinyAtlas
 
+pytestmark = pytest.mark.slow  # each runs whole commands or sweeps
+
 QUICK = ("--seeds", 2, "--no-scan", "--nulls", 2, "--held-out", 2, "--largest", 2, "--control-draws", 1)
 
 

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from .micro import save_tiny
 
+pytestmark = pytest.mark.slow  # each runs whole commands or sweeps
+
 SCORES = pl.DataFrame(schema=dict(PATH_SCORES))
 
 

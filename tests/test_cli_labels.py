@@ -13,6 +13,8 @@ from featlas.queries.labels import graph_labels
 from featlas.queries.statistics import RunRecord, SiteRecord, StatisticsStore
 from featlas.queries.store import open_graph
 
+pytestmark = pytest.mark.slow  # each runs whole commands or sweeps
+
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -27,6 +27,8 @@ from featlas.model.targets import LogitTarget, ProbeTarget
 
 from .compare_edges import assert_equal, engine_edges, setting, steps
 
+pytestmark = pytest.mark.slow  # each runs whole commands or sweeps
+
 SITES = ("resid_0", "attn_1", "mlp_1", "resid_1")
 
 

@@ -28,6 +28,8 @@ from .ablation_cases import random_edges, tiny_case
 from .hand_worked_ablation import CLEAN, CUTS
 from .test_ablation import hand_worked_batch, hand_worked_set
 
+pytestmark = pytest.mark.slow  # each runs whole commands or sweeps
+
 
 def measured(batch, sets):
     return batch.measure(ablate_edges(batch, sets), Metric.LOGIT_DIFF).mean(dim=1)

@@ -39,6 +39,8 @@ from safetensors.torch import save_file
 
 from .study_atlas import N_FOUND, N_LINES, SITES, TinyAtlas, line
 
+pytestmark = pytest.mark.slow  # each runs whole commands or sweeps
+
 SOME = (Metric.LOGIT_DIFF, Metric.KL, Metric.MRR)
 
 
