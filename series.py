@@ -44,7 +44,6 @@ from .model.small_models import HELD_OUT_FILE, LISTING, TEXTS_FILE, SmallModelOp
 from .model.solvability import check_task
 from .model.tasks import load_task
 from .model.training import TrainingOptions, corpus_digest, train_dictionaries
-from .queries.matches import Method as MatchMethod
 from .queries.series import SeriesRecord, put_part, read_part, write_series
 from .queries.store import open_graph
 from .queries.subgraphs import find_run
@@ -388,7 +387,8 @@ def compare_members(
 
 def _compared(runs: tuple[str, str], found: Matching, options: SeriesOptions) -> dict[str, pl.DataFrame]:
     """`values` and `curves` of the two runs' graphs through their matched features."""
-    matched = _significant(found)
+    # an edge from layer 0 to layer 1 has its counterpart there, where the models have the same sites
+    matched = found.matched(same_sites=set(found.sites["site_a"]) == set(found.sites["site_b"]))
     empty = {"values": pl.DataFrame(schema=dict(VALUES)), "curves": pl.DataFrame(schema=dict(CURVES))}
     if matched.is_empty():
         return empty
@@ -399,19 +399,6 @@ def _compared(runs: tuple[str, str], found: Matching, options: SeriesOptions) ->
     except (BadMatching, NoEdges, EmptyCircuit):  # a graph without edges, or none of the matched features in one
         return empty
     return {"values": comparison.values, "curves": comparison.curves}
-
-
-def _significant(found: Matching) -> pl.DataFrame:
-    """The mutual nearest neighbours beyond chance, one to one: source, target, score.
-
-    Between the same sites where the models have the same ones: an edge from layer 0 to layer 1 has its counterpart there. Else over all sites.
-    """
-    same = set(found.sites["site_a"]) == set(found.sites["site_b"])
-    among = (pl.col("method") == MatchMethod.SITE_PAIRS.value) & (pl.col("site_a") == pl.col("site_b")) if same else _OVER_ALL
-    return found.pairs.filter(pl.col("significant") & pl.col("mutual") & among).select("source", "target", "score")
-
-
-_OVER_ALL = pl.col("method") == MatchMethod.ALL_SITES.value
 
 
 def _overall(found: Matching) -> pl.DataFrame:

@@ -120,9 +120,11 @@ class Matching:
     overall: Mapping[str, Any]
     settings: Mapping[str, Any]
 
-    def matched(self, pairing: Pairing = Pairing.MUTUAL) -> pl.DataFrame:
-        """The significant matches over all sites at once, one-to-one: source, target, score, best first."""
-        chosen = (pl.col("method") == str(Method.ALL_SITES)) & pl.col("significant") & pl.col(str(pairing))
+    def matched(self, pairing: Pairing = Pairing.MUTUAL, *, same_sites: bool = False) -> pl.DataFrame:
+        """The significant matches, one-to-one: source, target, score, best first; over all sites at once, or between sites of one name."""
+        among = pl.col("method") == str(Method.SITE_PAIRS if same_sites else Method.ALL_SITES)
+        among &= (pl.col("site_a") == pl.col("site_b")) | (not same_sites)
+        chosen = among & pl.col("significant") & pl.col(str(pairing))
         return self.pairs.filter(chosen).sort("score", descending=True).select("source", "target", "score")
 
 

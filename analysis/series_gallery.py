@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import polars as pl
 
 from ..queries.series import SeriesRecord
+from .controls import Method
 from .edge_overlap import PART as EDGES
 from .edge_overlap import PERMUTED, REWIRED
 from .faithfulness import ATTRIBUTION, POOLED
 from .gallery import Exhibit, gallery
 from .series_plots import Panel, lines_figure
 
-RANDOM = "random edges"
 SHARE = (-0.03, 1.03)  # limits of an axis of shares
 
 
@@ -108,7 +108,7 @@ _DETERMINED = (pl.col("high") - pl.col("low")).fill_null(float("inf")) <= 1.0
 
 def _faithfulness(record: SeriesRecord) -> Exhibit:
     rows = record.frames["areas"].filter(pl.col("area") == "CPR")
-    chance = rows.filter(pl.col("method") == RANDOM).select("x", "task", pl.col("value").alias("null"))
+    chance = rows.filter(pl.col("method") == Method.RANDOM_EDGES.value).select("x", "task", pl.col("value").alias("null"))
     ours = rows.filter(pl.col("method") == ATTRIBUTION).join(chance, on=["x", "task"], how="left")
     cpr = ours.filter(_DETERMINED).select("x", "name", pl.col("task").alias("line"), "value", "low", "high", "null")
     points = record.frames["faithfulness"].filter(pl.col("method") == ATTRIBUTION)
