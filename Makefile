@@ -21,6 +21,8 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
+# A process of tests a core; a file's tests stay in one process, which keeps what they share.
+BESIDE := -n logical --maxprocesses 4 --dist loadfile
 NEEDS_A_PROGRAM := slow or neo4j or browser or graphtool or smollm2
 
 help:
@@ -32,11 +34,11 @@ demo: python
 check: python
 	$(VENV)/bin/ruff check .
 	scripts/typecheck.sh
-	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadfile -m "not ($(NEEDS_A_PROGRAM))"
+	$(VENV)/bin/pytest $(BESIDE) -m "not ($(NEEDS_A_PROGRAM))"
 
 test: python system
 	@mkdir -p .make
-	@code=0; $(VENV)/bin/pytest -rs || code=$$?; echo $$code > .make/pytest-exit-code; exit $$code
+	@code=0; $(VENV)/bin/pytest -rs $(BESIDE) || code=$$?; echo $$code > .make/pytest-exit-code; exit $$code
 
 docs: python
 	$(VENV)/bin/sphinx-build -W --keep-going -q -b html docs build/docs

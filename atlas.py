@@ -17,7 +17,7 @@ databases stay open until the end. Nothing here measures anything: that is done 
 import html
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,6 +61,9 @@ if TYPE_CHECKING:
     from .analysis.gallery import Exhibit
     from .analysis.parcellation import Parcellation
     from .analysis.plots import Figure
+    from .queries.atlases import AtlasCopied
+    from .queries.contents import Contents
+    from .queries.integrity import Finding
     from .queries.samples import SampleRun
     from .queries.series import SeriesRecord
 
@@ -310,6 +313,61 @@ class Atlas:
             return pl.DataFrame()
         with self.statistics_store() as statistics:
             return statistics.runs()
+
+    # -- as a whole ----------------------------------------------------------------------------------------------------------
+
+    def info(self) -> "Contents":
+        """What the atlas holds: frames of runs, counts, dictionaries, sizes on the disk, and of what is unfinished."""
+        from .queries.contents import atlas_contents
+
+        with self.store() as store, self._statistics_or_none() as statistics:
+            return atlas_contents(store, statistics, self.path if self.path.is_dir() else None, self.graph or str(self.path / "graph.lbug"))
+
+    def check(self, *, fast: bool = False) -> "list[Finding]":
+        """Everything that is wrong with the atlas, the worst first; empty where nothing is. `fast` leaves out deriving the aggregated edges."""
+        from .queries.integrity import check_atlas
+
+        with self.store() as store, self._statistics_or_none() as statistics:
+            return check_atlas(store, statistics, self.path if self.path.is_dir() else None, fast=fast)
+
+    def copy(self, target: str | Path, *, graph: str | None = None, runs: Sequence[str] | None = None, on_clash: str = "refuse") -> "AtlasCopied":
+        """Copy the atlas, or some runs of it, to a folder (whose graph may be on a server) or into the atlas that is there; verified.
+
+        Raises `AtlasesClash`, `UnknownRun`, and `StoreBusy` where the graph is open elsewhere, as in a `with` block of this atlas.
+        """
+        from .queries.atlases import Place, copy_atlas
+        from .queries.copying import Clashes
+
+        return copy_atlas(Place(self.path, self.graph), Place.of(str(target), graph), runs=runs, clashes=Clashes(on_clash))
+
+    def prune(self, *runs: str, compact: bool = True) -> dict[str, int]:
+        """Delete runs, by the beginnings of their keys, with all that hangs on them; how many nodes nothing needed then. Raises `ReadOnly`."""
+        from .queries.atlases import GRAPH_FILE, Prunable, find_runs, prune_atlas
+        from .queries.compaction import compact_graph, compact_statistics
+
+        if self.read_only:
+            raise ReadOnly(f"{self.path} was opened for reading: Atlas({str(self.path)!r}, read_only=False) may delete")
+        self.close()
+        with self.store() as store:
+            chosen = Prunable(runs=find_runs(store, runs))
+            if self.has_statistics:
+                with StatisticsStore(self.path) as statistics:
+                    gone = prune_atlas(store, statistics, self.path, chosen)
+            else:
+                gone = prune_atlas(store, None, self.path, chosen)
+        if compact and self.graph is None:
+            compact_graph(self.path / GRAPH_FILE)
+        if compact and self.has_statistics:
+            compact_statistics(self.path)
+        return gone
+
+    @contextmanager
+    def _statistics_or_none(self) -> Iterator[StatisticsStore | None]:
+        if not self.has_statistics:
+            yield None
+            return
+        with self.statistics_store() as statistics:
+            yield statistics
 
     # -- labels, and other models --------------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ NAMED_DICTIONARIES = ("demo", "identity", "identity-heads")
 
 CONNECT_SECONDS = 5.0
 BOLT_PORT = 7687
-_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+_KIND = r"(?:cpu|mps|disk|cuda(?::\d+)?)"
+_DEVICE = re.compile(rf"cpu|mps|cuda(:\d+)?|auto|balanced|{_KIND}\+(cpu|disk)|{_KIND}=\d+(-\d+)?(,\s*{_KIND}=\d+(-\d+)?)*|.+\.json")
 _PLACE = re.compile(r"^(\.{0,2}/|~|\.{1,2}$)")  # a text that can only be a path
 
 
@@ -42,15 +43,18 @@ def _of(context: typer.Context, value: object) -> bool:
 
 
 def device(context: typer.Context, value: str | None) -> str | None:
-    """A device by its form."""
+    """A device, or where each layer goes, by its form."""
     if _of(context, value) and not _DEVICE.fullmatch(str(value)):
-        raise BadOption(f"--device {value!r} is no device: give cpu, cuda, cuda:0 (or another number) or mps")
+        raise BadOption(
+            f"--device {value!r} is no device: give cpu, cuda, cuda:0 (or another number), mps, auto, layers as cuda:0=0-15,cuda:1=16-31, "
+            "cuda:0+cpu, or a device map's .json"
+        )
     return value
 
 
 def dtype(context: typer.Context, value: str | None) -> str | None:
-    """A floating-point type by its name."""
-    if _of(context, value) and value not in DTYPE_NAMES:
+    """A floating-point type by its name, or that of the model / that of the dictionaries."""
+    if _of(context, value) and any(name not in DTYPE_NAMES for name in str(value).split("/", 1)):
         raise BadOption(f"unknown dtype {value!r}: choose one of {', '.join(DTYPE_NAMES)}")
     return value
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import checks, completion, console, running
+from . import checks, cli_statistics, completion, console, running
 from .console import Format
 from .options import (
     BOS,
@@ -22,6 +22,7 @@ from .options import (
     DEMO_DICTIONARIES,
     DEMO_MODEL,
     Architecture,
+    AskPassword,
     Atlas,
     BadParameterValue,
     Baseline,
@@ -75,6 +76,7 @@ from .options import (
     neo4j_app,
     open_atlas,
     open_statistics,
+    password_from_terminal,
     split_names,
     task_option,
     within_context,
@@ -89,15 +91,16 @@ if TYPE_CHECKING:
     from .ingest.effective import EdgeSettings
     from .ingest.lookup import VirtualWeights
     from .model.pairs import Pair, Refusal
-    from .queries.statistics import StatisticsStore
     from .queries.store import GraphStore
     from .queries.subgraphs import RunRow
 
 
 @app.callback(invoke_without_command=True)
-def root(context: typer.Context, version: ShowVersion = False, quiet: Quiet = False) -> None:
+def root(context: typer.Context, version: ShowVersion = False, quiet: Quiet = False, ask_password: AskPassword = False) -> None:
     """featlas: a feature atlas of neural networks, in a graph database."""
     console.be_quiet(quiet)
+    if ask_password and context.invoked_subcommand is not None:
+        password_from_terminal()
     if version:
         from importlib import metadata
 
@@ -441,7 +444,17 @@ def ingest_edges_command(
     seed: Seed = 0,
     memory: Memory = "2GB",
     batch_size: EdgeBatchSize = None,
+    workers: Annotated[
+        int, typer.Option("--workers", help="Processes that measure, by Ray: each with a share of the cores or a GPU, and --memory of its own.")
+    ] = 1,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="The Ray cluster that the workers run on, HOST:PORT or auto; else this machine.")
+    ] = None,
     skip_invalid: SkipInvalid = False,
+    import_files: Annotated[
+        Path | None,
+        typer.Option("--import-files", help="Instead of a graph, files in this folder for Neo4j's offline importer: new, or one that was begun so."),
+    ] = None,
     atlas: Atlas = DEFAULT_ATLAS,
     graph: Graph = None,
     as_json: Json = False,
@@ -454,9 +467,13 @@ def ingest_edges_command(
     allowed = memory_bytes(memory)
     check_numbers(
         steps=steps, threshold=threshold, max_edges=max_edges, tolerance=tolerance, screen=screen, memory=allowed, noise_scale=noise_scale,
-        limit=limit, batch_size=batch_size,
+        limit=limit, batch_size=batch_size, workers=workers,
     )  # fmt: skip
     check_baseline(baseline, statistics_run, per_position=mean == "per-position")
+    if import_files is not None:
+        from .queries.import_sink import check_folder
+
+        check_folder(import_files)
     from . import show
     from .ingest.pipeline import EdgeOptions, ingest_edges
 
@@ -466,10 +483,11 @@ def ingest_edges_command(
         memory=allowed,
     )  # fmt: skip
     options = EdgeOptions(
-        model=model, dictionaries=dictionaries, task=task, atlas=atlas, graph=graph, sites=split_names(sites) if sites else None, limit=limit,
+        model=model, dictionaries=dictionaries, task=task, atlas=atlas, graph=None if import_files is not None else graph,
+        import_files=import_files, sites=split_names(sites) if sites else None, limit=limit,
         seed=seed,
         settings=settings, batch_size=batch_size, device=device, dtype=dtype, skip_invalid=skip_invalid, statistics_run=statistics_run,
-        target=target, bos=BOS[bos],
+        target=target, bos=BOS[bos], workers=workers, ray_address=ray_address,
     )  # fmt: skip
     with console.progress("edges", quiet=as_json) as report:
         summary = ingest_edges(
@@ -477,11 +495,15 @@ def ingest_edges_command(
             progress=lambda p: report(p.done, p.total, f"{p.edges:,} edges, {p.edges_per_second:,.0f}/s"),
             report=_left_out,
             announce=None if as_json else show.note_cost,
+            note=console.note,
         )
+    files = {} if import_files is None else {"import_files": str(import_files)}
     if as_json:
-        console.say_json(asdict(summary))
+        console.say_json({**asdict(summary), **files})
         return
     show.show_ingest(summary)
+    if import_files is not None:
+        console.say(f"import files in {import_files}: `featlas neo4j import` loads them into an empty Neo4j, `featlas import files` into any graph")
 
 
 def _edge_settings(*, metric: str, baseline: str, positions: str = "sum", first_factor: str = "exact", **others: Any) -> "EdgeSettings":
@@ -553,6 +575,9 @@ def ingest_statistics_command(
     seed: Seed = 0,
     batch_size: BatchSize = 8,
     skip_invalid: SkipInvalid = False,
+    workers: cli_statistics.Workers = None,
+    ray_address: cli_statistics.RayAddress = None,
+    shard: cli_statistics.OneShard = None,
     atlas: Atlas = DEFAULT_ATLAS,
     graph: Graph = None,
     as_json: Json = False,
@@ -564,64 +589,41 @@ def ingest_statistics_command(
     check_numbers(steps=steps, noise_scale=noise_scale, limit=limit, batch_size=batch_size)
     if basis == "attribution":
         check_baseline(baseline, statistics_run, per_position=mean == "per-position")
-    from .ingest.statistics import (
-        SHUFFLED,
-        Between,
-        StatisticsOptions,
-        measure_attributions,
-        measure_statistics,
-        node_means,
-        pair_corpus,
-        text_corpus,
-    )
-    from .queries.statistics import StatisticsStore
-
     if (corpus is None) == (task is None):
         raise NotBoth("name a text corpus with --corpus, or a task with --task: one of the two")
     if basis == "attribution" and task is None:
         raise NotBoth("--basis attribution needs the pairs of a --task: a corpus has no corrupted texts and no answers")
     if shuffled and basis == "attribution":
         raise NotBoth("--shuffled is of activations: leave --basis attribution out")
+    how = cli_statistics.How.of(workers, ray_address, shard, device)
+    from .ingest.statistics import SHUFFLED, Between, StatisticsOptions, pair_corpus, text_corpus
+    from .ingest.statistics_workers import StatisticsJob
+
     settings = _edge_settings(
         metric=metric, baseline=baseline, steps=steps, per_position=mean == "per-position", noise_scale=noise_scale, noise_seed=seed
     )
-    loaded, found = load_named(model, dictionaries, sites, device, dtype, bos)
+    # The driver of workers describes and merges, and leaves the accelerators to them.
+    loaded, found = load_named(model, dictionaries, sites, device if how.workers is None else "cpu", dtype, bos)
     if corpus is not None:
         length = within_context(length, loaded)
     options = StatisticsOptions(
         length=length, batch_size=batch_size, n_contexts=contexts, by_position=by_position, between=Between(between), min_frequency=min_frequency,
         max_live=max_live, memory=allowed, seed=seed,
     )  # fmt: skip
+    donor_seed = seed if basis == "attribution" and baseline == "resample" else None
     if corpus is not None:
         source = text_corpus(corpus, loaded.tokenizer, options, max_sequences=limit)
     else:
         pairs = _pairs(str(task), loaded.tokenizer, limit or 100, seed, skip_invalid)
         source = pair_corpus(
-            str(task), pairs, loaded.tokenizer, options, clean_only=basis == "attribution", device=device,
-            donor_seed=seed if basis == "attribution" and baseline == "resample" else None,
+            str(task), pairs, loaded.tokenizer, options, clean_only=basis == "attribution", device=loaded.device, donor_seed=donor_seed
         )  # fmt: skip
-    atlas.mkdir(parents=True, exist_ok=True)
-    with StatisticsStore(atlas) as statistics, console.progress("statistics", quiet=as_json) as bar:
-        report = lambda done, total, tokens: bar(done, total, f"{tokens:,} tokens")
-        if basis == "attribution":
-            means = None
-            if settings.baseline.of_corpus:
-                statistics_run = statistics.find_run(statistics_run).run
-                means = node_means(statistics, statistics_run, loaded, found, settings.choice)
-            record = measure_attributions(
-                statistics, loaded, found, source, options, settings, means=means, statistics_run=statistics_run, progress=report
-            )
-            annotated = 0  # frequencies and names are of activations
-        elif shuffled:
-            record, annotated = measure_statistics(statistics, loaded, found, source, options, basis=SHUFFLED, progress=report), 0
-        else:
-            record = measure_statistics(statistics, loaded, found, source, options, progress=report)
-            annotated = _annotate(atlas, graph, statistics, record.run)
-    if as_json:
-        console.say_json({"run": record.run, "sequences": record.sequences, "tokens": record.tokens, "annotated": annotated})
-    else:
-        measured = f"{record.sequences:,} sequences, {record.tokens:,} tokens"
-        console.say(f"statistics run {record.run}: {measured}; {annotated:,} nodes of the graph annotated")
+    job = StatisticsJob(
+        model=model, dictionaries=dictionaries, options=options, corpus=corpus, task=task, limit=limit, bos=BOS[bos], device=device, dtype=dtype,
+        sites=split_names(sites) if sites else None, seed=seed, skip_invalid=skip_invalid, basis=SHUFFLED if shuffled else basis,
+        donor_seed=donor_seed, settings=settings, statistics_run=statistics_run,
+    )  # fmt: skip
+    cli_statistics.run(cli_statistics.Asked(job, loaded, found, source, how), atlas, graph, as_json=as_json)
 
 
 @ingest_app.command("weights")
@@ -674,7 +676,7 @@ def ingest_weights_command(
     if corpus is not None:
         text = text_corpus(corpus, loaded.tokenizer, reading, max_sequences=limit)
     elif task is not None:
-        text = pair_corpus(task, _pairs(task, loaded.tokenizer, limit, seed, skip_invalid), loaded.tokenizer, reading, device=device)
+        text = pair_corpus(task, _pairs(task, loaded.tokenizer, limit, seed, skip_invalid), loaded.tokenizer, reading, device=loaded.device)
     atlas.mkdir(parents=True, exist_ok=True)
     with open_graph(graph or atlas) as store, StatisticsStore(atlas) as statistics, console.progress("weights", quiet=as_json) as bar:
         summary = structural.ingest_weights(store, statistics, loaded, found, options, corpus=text, progress=bar)
@@ -797,18 +799,7 @@ def ingest_definitions_command(
     else:
         show.show_definitions(table, compared)
     if output is not None:
-        with console.saving(output):
-            compared.write_parquet(output)
-
-
-def _annotate(atlas: Path, graph: str | None, statistics: "StatisticsStore", run: str) -> int:
-    """Frequencies onto the graph's features, where there is a graph."""
-    from .analysis.labels import annotate
-
-    if graph is None and not (atlas / "graph.lbug").exists():
-        return 0
-    with open_atlas(atlas, graph, write=True) as store:
-        return annotate(store, statistics, run)
+        console.save_frame(compared, output)
 
 
 # --- analyze ---------------------------------------------------------------------------------------------------------
@@ -1031,7 +1022,7 @@ def _virtual_weights(
     options = StatisticsOptions(skip_positions=1)
     text = None
     if prompts is not None:
-        text = pair_corpus(prompts[0], _pairs(prompts[0], loaded.tokenizer, *prompts[1:]), loaded.tokenizer, options, device=device)
+        text = pair_corpus(prompts[0], _pairs(prompts[0], loaded.tokenizer, *prompts[1:]), loaded.tokenizer, options, device=loaded.device)
     return VirtualWeights(loaded, found, kinds, text)
 
 
@@ -1173,7 +1164,7 @@ def _typed(value: str) -> object:
     """A parameter of one's own Cypher: JSON where it is JSON (numbers, true, false, lists), else the text itself."""
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or such as no parser takes: 5,000 digits, 5,000 brackets
         return value
 
 
@@ -1260,12 +1251,19 @@ def neo4j_up_command(
     http_port: HttpPort = 7474,
     heap_mb: Annotated[int, typer.Option("--heap-mb", help="Memory of the server in MiB.")] = 2048,
     gds: Annotated[bool, typer.Option("--gds", help="With the open edition of Graph Data Science; a running server must go down first.")] = False,
+    tls_certificate: Annotated[
+        Path | None, typer.Option("--tls-certificate", help="Encrypt bolt with this certificate (PEM); with --tls-key.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="The certificate's private key (PEM, PKCS #8, not encrypted).")] = None,
     as_json: Json = False,
 ) -> None:
     """Start a local Neo4j with its Browser (Java 17; the jars are fetched once by Maven) and say how to log in."""
-    from .queries.neo4j_server import ServerOptions, default_home, up
+    from .queries.neo4j_server import ServerOptions, TlsFiles, default_home, up
 
-    info = up(home or default_home(), ServerOptions(bolt_port=bolt_port, http_port=http_port, heap_mb=heap_mb, gds=gds))
+    if (tls_certificate is None) != (tls_key is None):
+        raise NotBoth("--tls-certificate and --tls-key belong together: give both, or none for a server without TLS")
+    tls = TlsFiles(tls_certificate, tls_key) if tls_certificate is not None and tls_key is not None else None
+    info = up(home or default_home(), ServerOptions(bolt_port=bolt_port, http_port=http_port, heap_mb=heap_mb, gds=gds, tls=tls))
     if as_json:
         console.say_json({"uri": info.uri, "browser": info.http_url, "username": info.username, "password_file": str(info.password_file)})
         return
@@ -1348,15 +1346,18 @@ def main() -> None:
 
 from . import (  # noqa: E402 - at the end: they register their commands on this app and take their options from here
     cli_ablation,  # noqa: F401
+    cli_atlas,  # noqa: F401
     cli_browser,  # noqa: F401
     cli_communities,  # noqa: F401
     cli_compare,  # noqa: F401
     cli_config,  # noqa: F401
     cli_explain,  # noqa: F401
     cli_export,  # noqa: F401
+    cli_graph,  # noqa: F401
     cli_heads,  # noqa: F401
     cli_labels,  # noqa: F401
     cli_match,  # noqa: F401
+    cli_plan,  # noqa: F401
     cli_regions,  # noqa: F401
     cli_report,  # noqa: F401
     cli_samples,  # noqa: F401

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from . import completion, console
+from . import completion, console, files
 from .errors import UserError
 from .options import (
     DEFAULT_ATLAS,
@@ -156,7 +156,7 @@ def save_page(path: Path | None, page: Callable[[], str]) -> None:
     """Make and save a page of figures where one was asked for."""
     if path is not None:
         with console.saving(path):
-            path.write_text(page(), encoding="utf-8")
+            files.write_text(path, page())
 
 
 @analyze_app.command("faithfulness")
@@ -408,7 +408,7 @@ def plot_command(
         finally:
             if statistics is not None:
                 statistics.close()
-        output.write_text(page, encoding="utf-8")
+        files.write_text(output, page)
     if as_json:
         console.say_json({"output": str(output), "run": found.key})
     else:

@@ -1,12 +1,11 @@
 """Commands about files of settings: which count, what they come to, and a first one to fill in."""
 
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import configuration, console
+from . import configuration, console, files
 from .errors import UserError
 from .options import DEFAULT_ATLAS, Atlas, BadParameterValue, Json, config_app
 
@@ -33,7 +32,7 @@ def _tree() -> tuple[Any, list[str]]:
 def config_path_command(atlas: Atlas = DEFAULT_ATLAS, as_json: Json = False) -> None:
     """The files that settings are read from, the nearest first, and which of them there are."""
     _, arguments = _tree()
-    files = configuration.sources(arguments, os.environ, Path.cwd())
+    files = configuration.sources(arguments, os.environ, configuration.working_folder())
     if as_json:
         console.say_json([{"kind": source.kind, "path": str(source.path), "exists": source.exists} for source in files])
     elif files:
@@ -98,12 +97,12 @@ def config_init_command(
 ) -> None:
     """Write a file of settings in which everything is commented out: what options there are and what they are without it."""
     root, _ = _tree()
-    path = configuration.user_file(os.environ) if user else Path.cwd() / configuration.FILE_NAME
+    path = configuration.user_file(os.environ) if user else configuration.working_folder() / configuration.FILE_NAME
     if path.exists() and not force:
         raise FileExists(f"{path} is there already: edit it, or write over it with --force")
     with console.saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(template(root), encoding="utf-8")
+        files.write_text(path, template(root))
     if as_json:
         console.say_json({"path": str(path)})
     else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console
+from . import console, files
 from .options import DEFAULT_ATLAS, Atlas, Device, Graph, Json, NotBoth, Run, app, open_atlas, open_statistics
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def explain_ablation_command(
         shown = explain_ablation(scene, chosen, target, position)
     if output is not None:
         with console.saving(output):
-            output.write_text(shown.svg, encoding="utf-8")
+            files.write_text(output, shown.svg)
     if as_json:
         steps = shown.steps
         console.say_json({
@@ -96,7 +96,7 @@ def explain_attribution_command(
         shown = explain_attribution(scene, source, target, source_position=source_position, target_position=target_position, steps=steps)
     if output is not None:
         with console.saving(output):
-            output.write_text(shown.svg, encoding="utf-8")
+            files.write_text(output, shown.svg)
     if as_json:
         console.say_json({"sequence": scene.pair.key, **asdict(shown.steps), "mean_slope": shown.steps.mean_slope, "effect": shown.steps.effect})
         return

@@ -1,4 +1,4 @@
-"""The commands that take graphs out of an atlas and into it: `featlas export`, `featlas import circuit-tracer`."""
+"""The commands that take graphs out of an atlas and into it: `featlas export`, `featlas import circuit-tracer`, `featlas import files`."""
 
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -238,3 +238,32 @@ def import_circuit_tracer_command(
     asked = f"featlas query top_edges --param run={summary.run}, featlas analyze circuit --run {summary.run}, featlas report --run {summary.run}"
     if not console.Settings.quiet:
         console.say(f"next: {asked}")
+
+
+@import_app.command("files")
+def import_files_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of import files, made by `featlas export` or `ingest edges --import-files`.")],
+    atlas: Atlas = DEFAULT_ATLAS,
+    graph: Graph = None,
+    as_json: Json = False,
+) -> None:
+    """Add import files to a graph, embedded or on a server, beside what it holds, which stays. Doing it again changes nothing."""
+    from .queries.bulk_import import require_files
+    from .queries.import_loading import load_import_files
+    from .queries.labels import restore_labels
+    from .queries.store import open_graph
+
+    require_files(folder)
+    if graph is None:
+        with console.saving(atlas):
+            atlas.mkdir(parents=True, exist_ok=True)
+    with open_graph(graph or atlas) as store:
+        with console.progress("files", quiet=as_json) as report:
+            loaded = load_import_files(store, folder, progress=lambda done, total: report(done, total, ""))
+        restore_labels(store, atlas)
+    if as_json:
+        console.say_json({"folder": str(folder), "n_nodes": loaded.n_nodes, "n_edges": loaded.n_edges, "kept": dict(loaded.kept)})
+    else:
+        console.say(f"loaded {loaded.n_nodes:,} nodes and {loaded.n_edges:,} edges from {folder}")
+        if loaded.kept:
+            console.say(f"the graph says otherwise of {', '.join(f'{n:,} {name}' for name, n in loaded.kept.items())}: its own stayed")

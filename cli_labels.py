@@ -1,13 +1,13 @@
 """Commands of labels: given by hand, from files and from Neuronpedia, found by rule; listed, searched, saved."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from . import console
+from . import console, files
 from .errors import UserError
 from .options import DEFAULT_ATLAS, Atlas, Device, Dtype, Graph, Json, NotBoth, app, load_named, open_atlas, split_names
 
@@ -53,6 +53,23 @@ def _opened(atlas: Path, graph: str | None) -> "Iterator[tuple[GraphStore | None
     else:
         with open_atlas(atlas, graph, write=True) as store, StatisticsStore(atlas) as statistics:
             yield store, statistics
+
+
+@contextmanager
+def _searched(atlas: Path, graph: str | None) -> "Iterator[tuple[GraphStore | None, StatisticsStore]]":
+    """The same for searching: the graph for reading; the statistics for writing, since their index is kept, or for reading where they cannot be."""
+    from .queries.statistics import FILE_NAME, NotAStatisticsStore, StatisticsStore, StatisticsStoreHeld
+
+    there = graph is not None or (atlas / "graph.lbug").exists()
+    if not there and not (atlas / FILE_NAME).exists():
+        open_atlas(atlas, graph, write=False)  # says what is missing
+    with ExitStack() as opened:
+        store = opened.enter_context(open_atlas(atlas, graph, write=False)) if there else None
+        try:
+            statistics = StatisticsStore(atlas, wait_s=0)
+        except (NotAStatisticsStore, StatisticsStoreHeld):
+            statistics = StatisticsStore(atlas, read_only=True)
+        yield store, opened.enter_context(statistics)
 
 
 def _apply(store: "GraphStore | None", statistics: "StatisticsStore", keys: list[str]) -> int:
@@ -221,14 +238,14 @@ def _save(rows: "pl.DataFrame", file: Path) -> None:
 
     suffix = file.suffix.lower()
     plain = rows.rename({"feature": "index"}).with_columns(pl.col("written").dt.strftime("%Y-%m-%dT%H:%M:%S"))
-    writers = {
-        ".csv": lambda: plain.write_csv(file), ".tsv": lambda: plain.write_csv(file, separator="\t"), ".jsonl": lambda: plain.write_ndjson(file),
-        ".json": lambda: plain.write_json(file), ".parquet": lambda: rows.write_parquet(file),
+    writers: dict[str, Callable[[Any], object]] = {
+        ".csv": plain.write_csv, ".tsv": lambda part: plain.write_csv(part, separator="\t"), ".jsonl": plain.write_ndjson,
+        ".json": plain.write_json, ".parquet": rows.write_parquet,
     }  # fmt: skip
     if suffix not in writers:
         raise console.OutputFails(f"{file}: labels are saved as {', '.join(writers)}")
-    with console.saving(file):
-        writers[suffix]()
+    with console.saving(file), files.whole(file) as part:
+        writers[suffix](part)
 
 
 @labels_app.command("auto")
@@ -338,7 +355,7 @@ def labels_search_command(
     wrong = [name for name in chosen if name not in FIELDS]
     if wrong or not chosen:
         raise BadQuery(f"--in {fields!r}: there are {', '.join(FIELDS)}")
-    with _opened(atlas, graph) as (store, statistics):
+    with _searched(atlas, graph) as (store, statistics):
         model = model_of(store, statistics, of) if of else None
         found = search_labels(store, statistics, text, limit, site=site, model=model, fields=chosen)
     console.say_json(found.to_dicts()) if as_json else show_found(found, text)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import console
+from . import console, files
 from .options import DEFAULT_ATLAS, Atlas, Graph, Json, Run, app, open_atlas, open_statistics
 
 
@@ -33,7 +33,7 @@ def report_command(
         finally:
             if statistics is not None:
                 statistics.close()
-        output.write_text(text, encoding="utf-8")
+        files.write_text(output, text)
     if as_json:
         console.say_json({"file": str(output), "bytes": len(text.encode())})
     else:

@@ -99,7 +99,7 @@ def ingest_samples_command(
     else:
         pairs = _pairs(str(task), loaded.tokenizer, limit or 100, seed, skip_invalid)
         source = task_source(
-            str(task), pairs, loaded.tokenizer, options, clean_only=attribution, device=device,
+            str(task), pairs, loaded.tokenizer, options, clean_only=attribution, device=loaded.device,
             donor_seed=seed if attribution and baseline == "resample" else None,
         )  # fmt: skip
     means = None

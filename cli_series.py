@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from . import console
+from . import console, files
 from .options import DEFAULT_ATLAS, Atlas, BadParameterValue, Device, Dtype, Graph, Json, Limit, Seed, Sites, app, split_names
 
 if TYPE_CHECKING:
@@ -140,10 +140,12 @@ def present(record: "SeriesRecord", page: Path | None, as_json: bool) -> None:
     """Save the figures where a page was asked for, and print the series."""
     from . import show_series
     from .analysis.series_gallery import series_page
+    from .queries.series import complete
 
+    complete(record)
     if page is not None:
         with console.saving(page):
-            page.write_text(series_page(record, commands=[f"featlas series show {record.key}"]), encoding="utf-8")
+            files.write_text(page, series_page(record, commands=[f"featlas series show {record.key}"]))
     if as_json:
         frames = {name: frame.to_dicts() for name, frame in record.frames.items()}
         console.say_json({"key": record.key, "title": record.title, "axis": record.axis, "settings": dict(record.settings), **frames})

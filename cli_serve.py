@@ -34,7 +34,8 @@ def serve_command(
     if graph is None and not (atlas / "graph.lbug").exists():
         raise NoAtlas(f"no graph in {atlas}: make one with `featlas demo` or `featlas ingest edges`, or name another with --atlas or --graph")
     token = secrets.token_urlsafe(24)
-    with AtlasReader(atlas, graph) as reader, listen(host, port) as bound:
+    # the port first: what is wrong with it is said before anything is opened
+    with listen(host, port) as bound, AtlasReader(atlas, graph) as reader:
         address = address_of(bound, token)
         if as_json:
             console.say_json({"address": address, "token": token, "atlas": str(atlas), "graph": str(reader.target)})

@@ -98,7 +98,8 @@ def tasks(incomplete: str) -> Offers:
 
 def devices(incomplete: str) -> Offers:
     """Kinds of devices; whether they are there is known to a library that is not loaded for this."""
-    return _beginning([("cpu", ""), ("cuda", "the first NVIDIA or AMD GPU"), ("cuda:0", ""), ("mps", "Apple's GPU")], incomplete)
+    own = [("cpu", ""), ("cuda", "the first NVIDIA or AMD GPU"), ("cuda:0", ""), ("mps", "Apple's GPU"), ("auto", "layers over all that is here")]
+    return _beginning(own, incomplete)
 
 
 def dtypes(incomplete: str) -> Offers:

@@ -43,6 +43,10 @@ _SECRET = re.compile(r"pass(word|wd|phrase)?$|password|secret|token$|credential|
 _LOGIN = re.compile(r"://[^/\s]*@")
 
 
+class FolderGone(UserError):
+    """The folder that the command was given in is not there any more."""
+
+
 class BadConfiguration(UserError):
     """A file of settings cannot be read, or holds what it must not."""
 
@@ -96,11 +100,11 @@ def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
 
 
 def options_of(command: Any) -> dict[str, Any]:
-    """Option (its longest name, without dashes) → parameter, of one command."""
+    """Option (its first long name, without dashes) → parameter, of one command."""
     found = {}
     for param in command.params:
         if param.param_type_name == "option" and param.expose_value:
-            name = max(param.opts, key=len).lstrip("-")
+            name = next((opt for opt in param.opts if opt.startswith("--")), param.opts[0]).lstrip("-")
             if name not in NOT_IN_FILES:
                 found[name] = param
     return found
@@ -162,7 +166,7 @@ def _atlas_table(source: Source) -> Mapping[str, Any]:
     """`[defaults]` of a file with its atlas as seen from the file; what is wrong with the file is said when it is read for good."""
     try:
         table = tomllib.loads(source.path.read_text(encoding="utf-8")).get(DEFAULTS, {})
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(table, dict) or not isinstance(table.get("atlas"), str):
         return {}
@@ -177,7 +181,7 @@ def load(
 ) -> Configuration:
     """Read and check every file that counts. Raises `BadConfiguration`."""
     environment = os.environ if environment is None else environment
-    files = sources(arguments, environment, Path.cwd() if folder is None else folder)
+    files = sources(arguments, environment, working_folder() if folder is None else folder)
     settings: list[Setting] = []
     for source in files:
         if source.exists:
@@ -196,6 +200,14 @@ def for_completion(root: Any, arguments: Sequence[str]) -> dict[str, Any]:
         return {}
 
 
+def working_folder() -> Path:
+    """The folder that a command is given in. Raises `FolderGone`."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise FolderGone("the folder that you are in was removed, or made anew: go to one that is there, for example by cd") from None
+
+
 def _read(root: Any, source: Source) -> list[Setting]:
     try:
         document = tomllib.loads(source.path.read_text(encoding="utf-8"))
@@ -203,6 +215,8 @@ def _read(root: Any, source: Source) -> list[Setting]:
         raise BadConfiguration(f"{source.path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # no TOML, or no UTF-8
         raise BadConfiguration(f"{source.path} is no TOML: {error}") from None
+    except RecursionError:  # a few hundred brackets in each other
+        raise BadConfiguration(f"{source.path} is no TOML that can be read: its lists are nested too deep") from None
     commands = dict(leaves(root))
     of_root = options_of(root)
     found: list[Setting] = []

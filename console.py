@@ -18,13 +18,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from . import interruption
+from . import files, interruption
 from .errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
 
 _NUMBER = re.compile(r"[+-]?[\d,]*\.?\d+(e[+-]?\d+)?%?|")
+# What a terminal obeys instead of showing: C0 (but for the end of a line and the tabulator), DEL, C1, and what turns the direction of writing.
+# A label or a token from somebody else's text may hold them.
+_CONTROLS: dict[int, int | str] = {**{code: 0x2400 + code for code in range(0x20) if code not in (0x09, 0x0A)}, 0x7F: 0x2421}
+_CONTROLS |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
+_CONTROLS |= {code: f"\\u{code:04x}" for code in (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 _WIDEST = 72  # characters of a cell of a frame
 _PIPED_WIDTH = 160  # columns of a table that does not go to a terminal
 
@@ -83,6 +88,11 @@ def aside(when: bool = True) -> Iterator[None]:
         Settings.aside = before
 
 
+def shown(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters are pictures, those of direction are spelt out."""
+    return text.translate(_CONTROLS)
+
+
 def _print(what: Any, **options: Any) -> None:
     """Print a part of the result where results go."""
     if not Settings.aside:
@@ -93,36 +103,38 @@ def _print(what: Any, **options: Any) -> None:
 
 def say(text: str = "") -> None:
     """A line of the result."""
-    _print(Text(text), soft_wrap=True)
+    _print(Text(shown(text)), soft_wrap=True)
 
 
 def note(text: str) -> None:
     """A line about the work, on standard error; not where one is to be quiet."""
     if Settings.quiet:
         return
-    _console(sys.stderr).print(Text(text, style="dim"), soft_wrap=True)
+    _console(sys.stderr).print(Text(shown(text), style="dim"), soft_wrap=True)
 
 
 def heading(text: str) -> None:
     """A line that opens a part of the result."""
-    _print(Text(f"\n{text}", style="bold"), soft_wrap=True)
+    _print(Text(shown(f"\n{text}"), style="bold"), soft_wrap=True)
 
 
 def say_json(value: object) -> None:
     """A value for machines."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1, default=str) + "\n")
+    text = json.dumps(value, ensure_ascii=False, indent=1, default=str)
+    sys.stdout.write((shown(text) if sys.stdout.isatty() else text) + "\n")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
     """A table of text; a column whose values are all numbers is set to the right. Nothing in it is read as markup."""
     lines = [[_cell(value) for value in row] for row in rows]
     values = list(zip(*lines)) if lines else [() for _ in columns]
-    grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    heads = None if title is None else Text(shown(title))
+    grid = Table(title=heads, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name, column in zip(columns, values):
         numeric = bool(column) and all(_NUMBER.fullmatch(cell) for cell in column)
-        grid.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+        grid.add_column(Text(shown(name)), justify="right" if numeric else "left", overflow="fold")
     for line in lines:
-        grid.add_row(*(Text(cell) for cell in line))
+        grid.add_row(*(Text(shown(cell)) for cell in line))
     _print(grid)
 
 
@@ -173,8 +185,8 @@ def saving(output: Path) -> Iterator[None]:
 
 def save_frame(frame: "pl.DataFrame", output: Path) -> None:
     """Save a frame as CSV where the file's name ends so, else as parquet; raises `OutputFails`."""
-    with saving(output):
-        frame.write_csv(output) if output.suffix == ".csv" else frame.write_parquet(output)
+    with saving(output), files.whole(output) as part:
+        frame.write_csv(part) if output.suffix == ".csv" else frame.write_parquet(part)
 
 
 def write_frame(frame: "pl.DataFrame", format: Format, output: Path | None = None) -> None:
@@ -185,13 +197,14 @@ def write_frame(frame: "pl.DataFrame", format: Format, output: Path | None = Non
         if format is Format.TABLE:
             table(frame.columns, ([_short(value) for value in row] for row in frame.iter_rows()))
         else:
-            sys.stdout.write(_text(frame, format))
+            text = _text(frame, format)
+            sys.stdout.write(shown(text) if sys.stdout.isatty() else text)  # a pipe gets every character as it is
         return
-    with saving(output):
+    with saving(output), files.whole(output) as part:
         if format is Format.PARQUET:
-            frame.write_parquet(output)
+            frame.write_parquet(part)
         else:
-            output.write_text(_text(frame, format), encoding="utf-8")
+            part.write_text(_text(frame, format), encoding="utf-8")
 
 
 def _text(frame: "pl.DataFrame", format: Format) -> str:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import console, show
+from . import console, files, show
 from .analysis.circuits import Circuit, PathRule, Selection, run_circuit, write_circuit
 from .analysis.labels import annotate
 from .analysis.summary import Summary, SummaryOptions, summarise
@@ -132,7 +132,7 @@ def present(run: str, options: DemoOptions) -> Summary:
         show.show_circuit(report, key)
         with console.saving(options.output), console.progress("page") as bar:
             text = render(PageSource(store, statistics, options.atlas), ReportOptions(), bar)
-            options.output.write_text(text, encoding="utf-8")
+            files.write_text(options.output, text)
     return report
 
 

@@ -51,10 +51,12 @@ KEPT: dict[tuple[str, ...], Kept] = {
     ("demo",): Kept(None, True, "what is in the atlas stays"),
     ("dictionaries", "train"): Kept(None, True, "stored activations and finished dictionaries are kept; the one in training begins anew"),
     ("ingest", "edges"): Kept("sequences are in the atlas", True),
-    ("ingest", "statistics"): Kept(None, True, "what was committed last (at most about 30 s ago) is kept"),
+    ("ingest", "statistics"): Kept(None, True, "what was committed last (at most about 30 s ago) and finished shards are kept"),
     ("ingest", "weights"): Kept(None, True, "pairs of sites that are wired stay"),
     ("ingest", "finish"): Kept(None, True, "the run's edges are untouched"),
     ("ingest", "samples"): Kept(None, False, "samples are kept when all are there: nothing was written"),
+    ("atlas", "copy"): Kept(None, True, "what is copied stays"),
+    ("atlas", "prune"): Kept(None, True, "what is deleted is gone; a file that was being written anew is as it was"),
     ("ingest", "correlations"): Kept(None, False, "a test that was not finished is not kept"),
     ("ingest", "definitions"): _MEASURED,
     ("analyze", "agreement"): _MEASURED,
@@ -174,7 +176,8 @@ def explained(command: Sequence[str], reached: Reached | None, arguments: Sequen
         stopped = f"interrupted ({reached.label}: {count})" if reached is not None and count else "interrupted"
         return f"{stopped}: what was committed stays; the same command again: {command_line(arguments)}"
     if count and kept.counted is not None:
-        said = f"interrupted: {count} {kept.counted}"
+        into_files = any(word.split("=")[0] == "--import-files" for word in arguments)
+        said = f"interrupted: {count} {kept.counted.replace('in the atlas', 'in the import files') if into_files else kept.counted}"
     elif count and reached is not None:
         said = f"interrupted ({reached.label}: {count}): {kept.also}"
     else:

@@ -1,5 +1,7 @@
 """What the commands share: their groups, the options that mean the same everywhere, how an atlas and a model are opened."""
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,11 +72,21 @@ Sites = Annotated[
     ),
 ]  # fmt: skip
 Limit = Annotated[int, typer.Option("--limit", callback=checks.at_least_one, help="Pairs at most.")]
-Device = Annotated[str, typer.Option("--device", callback=checks.device, autocompletion=completion.devices, help="cpu, cuda, cuda:0 or mps.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", "--device-map", callback=checks.device, autocompletion=completion.devices,
+        help="cpu, cuda, cuda:0 or mps; auto; layers by device, cuda:0=0-15,cuda:1=16-31; weights at rest in main memory or on disk, cuda:0+cpu, "
+        "cpu+disk; or a device map's .json.",
+    ),
+]  # fmt: skip
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", callback=checks.dtype, autocompletion=completion.dtypes, help="float32, bfloat16 or float16; attribution wants float32."),
-]
+    typer.Option(
+        "--dtype", callback=checks.dtype, autocompletion=completion.dtypes,
+        help="Of the model's weights: float32, bfloat16 or float16; bfloat16/bfloat16 keeps dictionaries so, too.",
+    ),
+]  # fmt: skip
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", callback=checks.at_least_one, help="Sequences in one run of the model.")]
 SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Leave out a file's unusable pairs, naming them, instead of refusing.")]
@@ -182,6 +194,9 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", envvar="FEATLAS_QUIET", help="No progress bars and no notes: results and mistakes only.")
 ]
 ShowVersion = Annotated[bool, typer.Option("--version", help="Print the version and leave.")]
+AskPassword = Annotated[
+    bool, typer.Option("--ask-password", help="Ask for the password of the Neo4j server, instead of NEO4J_PASSWORD or NEO4J_PASSWORD_FILE.")
+]
 
 DEFAULT_ATLAS = Path("atlas")
 
@@ -204,6 +219,17 @@ class WrongModel(UserError):
 
 class NotBoth(UserError):
     """Two options exclude each other, or one of two is needed."""
+
+
+class NoTerminal(UserError):
+    """A password is to be asked for, and there is nobody to ask."""
+
+
+def password_from_terminal() -> None:
+    """Ask for the server's password, unseen, and keep it for this process and those that it starts. Raises `NoTerminal`."""
+    if not sys.stdin.isatty():
+        raise NoTerminal("--ask-password needs a terminal: set NEO4J_PASSWORD, or NEO4J_PASSWORD_FILE to a file that holds the password")
+    os.environ["NEO4J_PASSWORD"] = str(typer.prompt("Password of the Neo4j server", hide_input=True, err=True))
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------
@@ -258,12 +284,8 @@ def split_names(text: str) -> tuple[str, ...]:
 
 def memory_bytes(text: str) -> int:
     """An amount of memory: a number of bytes, or with KB, MB, GB or TB (of 1024 each) behind it."""
-    number = text.strip().upper().removesuffix("B")
-    power = "KMGT".find(number[-1:]) + 1 if number[-1:] else 0
-    try:
-        amount = float(number[:-1] if power else number) * 1024**power
-    except ValueError:
-        amount = -1.0
-    if not 0 < amount < float("inf"):
+    from .model.placement import parse_bytes
+
+    if (amount := parse_bytes(text)) is None:
         raise BadParameterValue(f"--memory {text!r} is no amount of memory: write 512MB or 2GB")
-    return int(amount)
+    return amount

@@ -8,19 +8,25 @@
 """
 
 import copy
+import errno
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.main import get_command
 
-from . import configuration, console, interruption
-from .errors import FeatlasError
+from . import configuration, console, files, interruption
+from .errors import FeatlasError, UserError
+
+_NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""What makes a path none, wherever it is first looked at."""
 
 COMPLETE = "_FEATLAS_COMPLETE"
 """The variable by which a shell asks for completions."""
@@ -54,6 +60,7 @@ def run(app: typer.Typer, arguments: Sequence[str]) -> int:
 def _run(app: typer.Typer, arguments: Sequence[str], signals: interruption.Signals) -> int:
     words: tuple[str, ...] = ()
     try:
+        _check_texts(arguments)
         root = tree(app)
         words = configuration.command_of(root, arguments)
         return _invoked(root, words, arguments)
@@ -66,6 +73,17 @@ def _run(app: typer.Typer, arguments: Sequence[str], signals: interruption.Signa
         if code is None:
             raise
         return code
+
+
+class NoText(UserError):
+    """What was given on the command line is no text."""
+
+
+def _check_texts(arguments: Sequence[str]) -> None:
+    """Raise `NoText` for bytes that are no UTF-8: no database, no JSON and no page could hold them."""
+    for word in arguments:
+        if not word.isascii() and any("\ud800" <= character <= "\udfff" for character in word):
+            raise NoText(f"{word!r:.200} holds bytes that are no UTF-8 text: rename the file, or set the terminal to UTF-8")
 
 
 def _invoked(root: Any, words: Sequence[str], arguments: Sequence[str]) -> int:
@@ -90,12 +108,17 @@ def _failed(error: BaseException, arguments: Sequence[str]) -> int | None:
         return error.exit_code
     if isinstance(error, FeatlasError):
         return _say(str(error), type(error).__name__, error.exit_code, arguments)
+    if files.is_full(error):
+        named = getattr(error, "filename", None)
+        return _failed(files.DiskFull(Path(named) if isinstance(named, str) else None), arguments)
     if isinstance(error, typer.TyperException):
         return _say(error.format_message(), "BadCommandLine", 2, arguments)
     if isinstance(error, BrokenPipeError):
         # the reader went away (`featlas … | head`): nothing to say, and nothing more to flush
         sys.stdout = None
         return 0
+    if isinstance(error, OSError) and error.errno in _NO_PATH:
+        return _say(f"{str(error.filename)[:200]}: {error.strerror}: name another path", "NoSuchPath", 2, arguments)
     return None
 
 
@@ -109,9 +132,23 @@ def _interrupted(error: BaseException, words: Sequence[str], arguments: Sequence
 def _say(message: str, kind: str, code: int, arguments: Sequence[str], **more: object) -> int:
     if wants_json(arguments):
         message = json.dumps({"error": message, "kind": kind, "exit_code": code, **more}, ensure_ascii=False)
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(f"{_harmless(message, json.dumps)}\n")
     elif message.startswith("Usage: "):  # a group without a command: the help says enough
         sys.stderr.write(f"{message}\n")
     else:
-        sys.stderr.write(f"featlas: {message}\n")
+        if len(message) > _LONGEST:
+            message = f"{message[:_LONGEST]}… ({len(message) - _LONGEST:,} characters more)"
+        lines = [message] if code == 2 else message.split("\n")  # a failure may quote another program's log
+        sys.stderr.write("featlas: " + "\n    ".join(_harmless(line.rstrip(), repr) for line in lines) + "\n")
     return code
+
+
+_LONGEST = 8_000  # characters of a message: what a file or a database says may be of any length
+
+# What moves a terminal's cursor, ends a line, or turns the direction of what follows: names of files and labels may hold it.
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def _harmless(text: str, spelled: Callable[[str], str]) -> str:
+    """The text with every character that acts on a terminal spelled out, so that a message is one line that says what it says."""
+    return _ACTING.sub(lambda match: spelled(match[0])[1:-1], text)

@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 
 from ..errors import UserError
+from ..files import write_text
 from ..model.attribution_graphs import LOGIT, OWN, SCHEMA_VERSION, TOKEN, TRANSCODER, TRANSCODER_ERROR, pairing
 from ..model.sites import EMBED, OUTPUT, parse_site
 from ..queries.statistics import StatisticsStore
@@ -154,9 +155,7 @@ def write_attribution_graph(circuit: Circuit, source: GraphSource, folder: Path,
 
 def _write_json(path: Path, content: object) -> None:
     """The file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
 
 def _scan(source: GraphSource, slug: str) -> str:

@@ -133,6 +133,9 @@ def prepared(weights: FloatArray, device: str = "cpu", mean: float | None = None
     squares = kept * kept
     # Of equal weights rounding errors alone are left: below this they must not count as structure.
     variance = max(float(squares.sum()) / pairs, 1e-12 * max(1.0, scale * scale))
+    from ..model.loading import parse_device
+
+    parse_device(device)  # one device: weights of regions are not spread
     dtype = torch.float32 if device.startswith("mps") else torch.float64
     return Weights(kept.to(device, dtype), squares.to(device, dtype), centre, variance)
 

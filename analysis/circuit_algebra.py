@@ -131,7 +131,8 @@ def query_choice(store: GraphStore, cypher: str) -> Choice:
 def file_choice(path: Path) -> Choice:
     """The edges or nodes of a CSV file with a header, or of a file of JSON lines. Raises `NotAChoice`."""
     try:
-        rows = pl.read_csv(path) if path.suffix.lower() == ".csv" else pl.read_ndjson(path)
+        with path.open("rb") as file:  # not by its path, which would be read as a pattern
+            rows = pl.read_csv(file) if path.suffix.lower() == ".csv" else pl.read_ndjson(file)
     except OSError as error:
         raise NotAChoice(f"{path} cannot be read: {error.strerror or error}") from None
     except pl.exceptions.PolarsError as error:

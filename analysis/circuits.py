@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ..errors import UserError
 from ..model.sites import EMBED, OUTPUT, SiteGraph, parse_site
 from ..queries.circuits import circuit_edges, circuit_members, find_circuit
-from ..queries.runs import influences_of
+from ..queries.runs import count_influences, influences_of, nth_strength, strong_influences
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow, find_run, model_features, run_sequences
 
@@ -43,7 +43,14 @@ class NoEdges(UserError):
 
 
 class EmptyCircuit(UserError):
-    """No path from an input to the output survives the threshold."""
+    """The threshold leaves no path from an input to the output.
+
+    first_path: the greatest threshold that leaves one, rounded down to three digits; None where the edges have no such path at all.
+    """
+
+    def __init__(self, message: str, first_path: float | None = None) -> None:
+        super().__init__(message)
+        self.first_path = first_path
 
 
 class UnknownTask(UserError):
@@ -106,6 +113,11 @@ class Selection:
     def runs(self) -> tuple[str, ...]:
         """Every run that edges come from."""
         return (self.run, *self.other_runs)
+
+    @property
+    def of_whole_run(self) -> bool:
+        """Whether the effects are the run's own means, over all of its sequences."""
+        return self.sequence is None and self.task is None and self.sequences is None
 
     @property
     def effects_of(self) -> str:
@@ -231,7 +243,11 @@ def threshold_for(rows: pl.DataFrame, n_edges: int) -> float:
     """The threshold that the `n_edges` strongest of these edges reach, rounded down to three digits; 0 where there are no more than that."""
     if rows.height <= n_edges:
         return 0.0
-    strength = float(np.partition(rows["strength"].to_numpy(), -n_edges)[-n_edges])  # the n-th largest
+    return _rounded_down(float(np.partition(rows["strength"].to_numpy(), -n_edges)[-n_edges]))  # the n-th largest
+
+
+def _rounded_down(strength: float) -> float:
+    """A strength to three digits, never above it."""
     step = 10.0 ** (np.floor(np.log10(strength)) - 2) if strength > 0 else 1.0
     return float(f"{np.floor(strength / step) * step:.3g}")
 
@@ -374,6 +390,23 @@ class Candidates:
         )
 
 
+    def between(self, source: int, target: int, selection: Selection) -> Circuit:
+        """The edges on ways from one node to another, by their numbers: these are its input and its output; shares stay those among all edges.
+
+        `influence` is that on the run's output. It has no edge where there is no way.
+        """
+        everything = self.circuit(self.strength > 0, replace(selection, pruned=False), np.ones(self.nodes.height, dtype=bool))
+        start, end, at = np.zeros(self.nodes.height, dtype=bool), np.zeros(self.nodes.height, dtype=bool), np.flatnonzero(self.strength > 0)
+        start[source] = end[target] = True
+        first, last, none = self.source[at], self.target[at], np.zeros(len(at))
+        reached = _least_rank(start, first, last, none, self.order[first])
+        reaching = _least_rank(end, last, first, none, -self.order[last])
+        edges = everything.edges.filter(pl.Series((reached[first] < np.inf) & (reaching[last] < np.inf)))
+        role = pl.when(pl.Series(start)).then(pl.lit("input")).when(pl.Series(end)).then(pl.lit("output")).otherwise(pl.lit("inner"))
+        nodes = everything.nodes.with_columns(role.alias("role")).join(_ends(edges), on=["key", "pos"], how="semi", maintain_order="left")
+        return Circuit(replace(selection, pruned=False), nodes, edges)
+
+
 def nested(candidates: Candidates, selection: Selection, sizes: Sequence[int]) -> list[Circuit]:
     """The pruned circuits of the `sizes` strongest edges, from one sort and one pass in each direction; some may be empty.
 
@@ -433,12 +466,33 @@ def extract(edges: pl.DataFrame, features: pl.DataFrame, selection: Selection, *
     inputs = list(roots) if roots is not None else root_sites(rows, features)
     circuit = Candidates.of(chosen, features, inputs).circuit(np.ones(chosen.height, dtype=bool), selection)
     if not circuit.n_edges:
-        strongest = rows["strength"].to_numpy().max()
-        raise EmptyCircuit(
-            f"threshold {selection.threshold:g} (by {selection.by.value}) leaves no path from {', '.join(inputs) or 'an input'} to the output: "
-            f"{chosen.height} of {rows.height} edges were kept, the strongest has {strongest:.4g}; lower --threshold or raise --top-edges"
-        )
+        raise _no_path(rows, Candidates.of(rows, features, inputs), selection, chosen.height)
     return circuit
+
+
+def _no_path(rows: pl.DataFrame, candidates: Candidates, selection: Selection, n_kept: int) -> EmptyCircuit:
+    """The error for a selection that left `n_kept` of the edges, with the threshold that would leave a path."""
+    first = first_path(candidates)
+    strength = rows["strength"].to_numpy()
+    way_out = (
+        "there is none among all edges either: measure with a lower threshold" if first is None
+        else f"the first path is whole at --threshold {first:g}, with the {int((strength >= first).sum()):,} strongest edges"
+    )  # fmt: skip
+    return EmptyCircuit(
+        f"threshold {selection.threshold:g} (by {selection.by.value}) leaves no path from {', '.join(candidates.roots) or 'an input'} to the output: "
+        f"{n_kept} of {rows.height} edges were kept, the strongest has {strength.max():.4g}; {way_out}",
+        first,
+    )
+
+
+def first_path(candidates: Candidates) -> float | None:
+    """The greatest threshold that leaves a path from an input to the output: the weakest edge of the path whose weakest edge is strongest.
+
+    Rounded down to three digits; None where no path exists. The widest path problem, Pollack, "The maximum capacity through a network" (1960).
+    """
+    entry = candidates.entries(np.where(candidates.strength > 0, -candidates.strength, np.inf))
+    best = float(entry.min(initial=np.inf))
+    return None if best == np.inf else _rounded_down(-best)
 
 
 def run_roots(run: RunRow) -> list[str] | None:
@@ -461,6 +515,21 @@ def read_effects(store: GraphStore, run: RunRow, selection: Selection) -> pl.Dat
     if selection.task is None and selection.sequences is None:
         return store.read_edges("INFLUENCES", run=run.key)
     return influences_of(store, run.key, _sequences_of(store, run, selection))
+
+
+def cut_effects(store: GraphStore, run: RunRow, selection: Selection) -> pl.DataFrame:
+    """`read_effects` without edges that the selection leaves out anyway, where the database can leave them out; all of them where none is left.
+
+    It can for the means over all sequences of a run that says which sites are its inputs, which are otherwise found from all edges.
+    """
+    if selection.of_whole_run and run_roots(run) is not None:
+        column = selection.by.value
+        least = selection.threshold
+        if selection.top_edges is not None:
+            least = max(least, nth_strength(store, run.key, column, selection.top_edges) or 0.0)
+        if least > 0 and (found := strong_influences(store, run.key, column, least)).height:
+            return found
+    return read_effects(store, run, selection)
 
 
 def _sequences_of(store: GraphStore, run: RunRow, selection: Selection) -> Collection[str]:
@@ -490,12 +559,49 @@ def run_candidates(store: GraphStore, run: RunRow, selection: Selection) -> Cand
 def run_circuit(store: GraphStore, run: RunRow, selection: Selection, *, n_edges: int | None = None) -> Circuit:
     """The circuit of a run in a graph. With `n_edges` the selection's threshold is replaced by the one that so many edges reach.
 
+    Where so few leave no path, as in graphs of many sites, the threshold is the one that leaves the first path (`first_path`).
     Raises `NoEdges` and `EmptyCircuit` as `extract` does.
     """
+    features, roots = model_features(store, run.model), run_roots(run)
+    if n_edges is not None:
+        selection = replace(selection, threshold=_threshold_of(store, run, selection, n_edges))
+    try:
+        return extract(cut_effects(store, run, selection), features, selection, roots=roots)
+    except EmptyCircuit:
+        edges = read_effects(store, run, selection)  # what is said of the others, and the first path, need all of them
+    try:
+        return extract(edges, features, selection, roots=roots)
+    except EmptyCircuit as error:
+        if n_edges is None or error.first_path is None:
+            raise
+        return extract(edges, features, replace(selection, threshold=error.first_path), roots=roots)
+
+
+def strongest_candidates(store: GraphStore, run: RunRow, selection: Selection, n_edges: int | None) -> tuple[Candidates, Selection, int]:
+    """The edges that a selection keeps, to make a circuit of; the selection; and how many edges it was cut from.
+
+    With `n_edges` its threshold is the one that so many reach, or where these leave no path the one that leaves the first. Raises `NoEdges`.
+    """
+    if n_edges is not None:
+        selection = replace(selection, threshold=_threshold_of(store, run, selection, n_edges))
+    rows, features, roots = strengths(cut_effects(store, run, selection), selection), model_features(store, run.model), run_roots(run)
+    inputs = root_sites(rows, features) if roots is None else roots
+    candidates = Candidates.of(select(rows, selection), features, inputs)
+    if n_edges is not None and selection.pruned and first_path(candidates) is None:
+        everything = run_candidates(store, run, selection)
+        if (first := first_path(everything)) is not None:
+            selection = replace(selection, threshold=first)
+            candidates = Candidates.of(select(everything.edges.select(rows.columns), selection), features, inputs)
+    return candidates, selection, count_influences(store, run.key) if selection.of_whole_run else rows.height
+
+
+def _threshold_of(store: GraphStore, run: RunRow, selection: Selection, n_edges: int) -> float:
+    """`threshold_for` of the edges that a selection is cut from, found in the database where it can be."""
+    if selection.of_whole_run:
+        strength = nth_strength(store, run.key, selection.by.value, n_edges)
+        return 0.0 if strength is None else _rounded_down(strength)
     edges = read_effects(store, run, selection)
-    if n_edges is not None and edges.height:
-        selection = replace(selection, threshold=threshold_for(strengths(edges, selection), n_edges))
-    return extract(edges, model_features(store, run.model), selection, roots=run_roots(run))
+    return threshold_for(strengths(edges, selection), n_edges) if edges.height else 0.0
 
 
 def strongest_paths(circuit: Circuit, n: int = 10, *, rule: PathRule = PathRule.PRODUCT) -> tuple[Path, ...]:
@@ -507,7 +613,7 @@ def strongest_paths(circuit: Circuit, n: int = 10, *, rule: PathRule = PathRule.
     nodes, edges = _numbered(circuit.edges, circuit.nodes)
     step = pl.col("share") if rule is PathRule.PRODUCT else pl.col("strength")
     edges = edges.join(nodes.select(pl.col("node").alias("from_node"), pl.col("order")), on="from_node").with_columns(step.alias("step"))
-    output = nodes.filter(pl.col("site") == OUTPUT.name)["node"]
+    output = circuit.nodes.filter(pl.col("role") == "output").select("key", "pos").join(nodes, on=["key", "pos"])["node"]
     best = pl.DataFrame({"row": range(output.len()), "node": output, "score": 1.0 if rule is PathRule.PRODUCT else np.inf, "next": -1, "weight": 0.0})
     best = best.cast({"row": pl.Int64, "next": pl.Int64, "score": pl.Float64})
     for order in sorted(edges["order"].unique().to_list(), reverse=True):

@@ -29,7 +29,7 @@ from sklearn.cluster import KMeans  # type: ignore[import-untyped]
 from ..errors import UserError
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow, model_features
-from .circuits import By, Candidates, Selection, read_circuit, read_effects, root_sites, run_roots, select, strengths
+from .circuits import By, Candidates, Selection, cut_effects, read_circuit, root_sites, run_roots, select, strengths
 from .parcellation import PartitionPath, by_size
 from .partitioning import ami
 
@@ -204,7 +204,7 @@ def read_graph(store: GraphStore, run: RunRow, options: GraphOptions, *, circuit
         candidates = Candidates.of(rows, nodes, sorted(set(nodes.filter(pl.col("role") == "input")["site"])))
         return graph_of(candidates, options, f"circuit {found.key} ({found.selection.description})")
     selection = Selection(run.key, threshold=options.threshold, by=options.by, top_edges=options.top_edges, task=options.task)
-    rows = strengths(read_effects(store, run, selection), selection)
+    rows = strengths(cut_effects(store, run, selection), selection)
     features, roots = model_features(store, run.model), run_roots(run)
     candidates = Candidates.of(select(rows, selection), features, root_sites(rows, features) if roots is None else roots)
     return graph_of(candidates, options, f"run {run.key}")

@@ -23,7 +23,7 @@ import numpy as np
 import polars as pl
 
 from ..errors import UserError
-from ..queries.runs import influences_of
+from ..queries.runs import influence_blocks
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow, run_sequences
 from .communities import Communities, CommunityOptions, EffectiveGraph, FloatArray, IntArray, find_communities
@@ -203,11 +203,11 @@ def task_strengths(store: GraphStore, run: RunRow, graph: EffectiveGraph) -> tup
     place = pl.DataFrame({"key": graph.nodes["key"], "node": np.arange(graph.n)})
     columns = []
     for task in tasks:
-        edges = influences_of(store, run.key, done.filter(pl.col("task") == task)["key"].to_list())
         strength = np.zeros(graph.n)
-        for end in ("source", "target"):
-            at = edges.select(pl.col(end).alias("key"), "abs_weight").join(place, on="key")
-            strength += np.bincount(at["node"].to_numpy(), at["abs_weight"].to_numpy(), graph.n)
+        for edges in influence_blocks(store, run.key, done.filter(pl.col("task") == task)["key"].to_list()):
+            for end in ("source", "target"):
+                at = edges.select(pl.col(end).alias("key"), "abs_weight").join(place, on="key")
+                strength += np.bincount(at["node"].to_numpy(), at["abs_weight"].to_numpy(), graph.n)
         columns.append(strength / max(float(strength.sum()), 1e-300))
     return tasks, np.column_stack(columns) if columns else np.zeros((graph.n, 0))
 

@@ -11,6 +11,7 @@ In the forms of graph libraries an edge's `weight` is its strength, never negati
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ import numpy as np
 import polars as pl
 
 from ..errors import UserError
+from ..files import write_text
 from ..model.sites import parse_site
-from ..queries.bulk_import import read_whole_graph
-from ..queries.schema import SCHEMA_VERSION
+from ..queries import schema
+from ..queries.schema import SCHEMA_VERSION, EdgeType, NodeLabel
 from ..queries.store import GraphStore
+from ..queries.streaming import edge_blocks, node_blocks, typed
 from .circuits import NO_POSITION, Circuit
 
 if TYPE_CHECKING:
@@ -158,14 +161,15 @@ def write_node_link(graph: Circuit | GraphFrames, path: Path) -> GraphFrames:
 
     frames = _frames(graph)
     content = networkx.node_link_data(to_networkx(frames), edges="links")
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     return frames
 
 
 def write_parquet(store: GraphStore, folder: Path) -> tuple[int, int]:
     """Write the whole graph as `nodes/LABEL.parquet` and `edges/TYPE.parquet` with `graph.json`; how many nodes and edges there are.
 
-    The folder is made, and must not hold anything (`OutputExists`); it appears whole or not at all.
+    Rows go in blocks, which bounds the memory: edges by blocks of their sources, in each as `GraphStore.read_edges` orders
+    them. The folder is made, and must not hold anything (`OutputExists`); it appears whole or not at all.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExists(f"{folder} is there already: name a new folder for the graph's files")
@@ -173,12 +177,12 @@ def write_parquet(store: GraphStore, folder: Path) -> tuple[int, int]:
     shutil.rmtree(part, ignore_errors=True)
     counts: dict[str, dict[str, int]] = {}
     try:
-        for what, frames in zip(("nodes", "edges"), read_whole_graph(store)):
+        tables: dict[str, Mapping[str, NodeLabel | EdgeType]] = {"nodes": dict(schema.NODES), "edges": dict(schema.EDGES)}
+        for what, blocks in (("nodes", node_blocks), ("edges", edge_blocks)):
             (part / what).mkdir(parents=True)
             counts[what] = {}
-            for name, frame in frames:
-                frame.write_parquet(part / what / f"{name}.parquet")
-                counts[what][name] = frame.height
+            for name, table in tables[what].items():
+                counts[what][name] = _write_blocks((rows for (rows,) in blocks(name, store)), table, part / what / f"{name}.parquet")
         (part / "graph.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, **counts}, indent=1) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
@@ -186,3 +190,16 @@ def write_parquet(store: GraphStore, folder: Path) -> tuple[int, int]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return sum(counts["nodes"].values()), sum(counts["edges"].values())
+
+
+def _write_blocks(blocks: Iterable[pl.DataFrame], table: NodeLabel | EdgeType, path: Path) -> int:
+    """One Parquet file of a label's or type's rows, a row group a block; how many rows there are."""
+    from pyarrow import parquet
+
+    arrow = lambda frame: frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+    empty, n = typed(pl.DataFrame(), table), 0
+    with parquet.ParquetWriter(path, arrow(empty).schema, compression="zstd") as file:
+        for block in blocks:
+            file.write_table(arrow(typed(block, table)))
+            n += block.height
+    return n

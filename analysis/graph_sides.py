@@ -21,7 +21,7 @@ from ..queries.circuits import find_circuit
 from ..queries.schema import feature_key
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow, list_runs, model_features
-from .circuits import By, Candidates, Selection, input_roots, read_circuit, read_effects, root_sites, run_roots, select, strengths
+from .circuits import By, Candidates, Selection, cut_effects, input_roots, read_circuit, root_sites, run_roots, select, strengths
 from .communities import EffectiveGraph
 from .comparison_records import FloatArray, IntArray
 
@@ -153,7 +153,7 @@ def read_side(store: GraphStore, name: str | None, options: SideOptions) -> Grap
         selection = Selection(
             run.key, threshold=options.threshold, by=options.by, top_edges=options.top_edges, sequence=sequence, task=options.task
         )
-        rows = strengths(read_effects(store, run, selection), selection)
+        rows = strengths(cut_effects(store, run, selection), selection)
         features = model_features(store, run.model)
         known = run_roots(run)
         roots = root_sites(rows, features) if known is None else known

@@ -216,7 +216,7 @@ def main(folder: Path) -> None:
     graph_tool.openmp_set_num_threads(1)
     graph_tool.seed_rng(settings["seed"])
     np.random.seed(settings["seed"])  # noqa: NPY002 - graph-tool draws its bisections from it
-    with np.load(folder / "input.npz") as arrays:
+    with np.load(folder / "input.npz", allow_pickle=False) as arrays:
         given = {name: arrays[name] for name in arrays.files}
     checkpoints = Checkpoints(folder, settings["seconds"] - (time.time() - settings["began"]), settings["most_blocks"])
     try:

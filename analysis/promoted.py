@@ -41,8 +41,8 @@ def chance_z(n_tokens: int) -> float:
 def direct_logits(weights: ModelWeights, dictionary: Dictionary, site: Site, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """What one unit of each feature adds to the logits at a final norm's scale of 1: (features (n,), logits (n, vocab)), some at a time."""
     binding = weights.binding
-    norm = linear_norm(binding.final_norm, binding.d_model)
-    unembedding, _ = matrix(binding.unembedding)  # (vocab, d_model)
+    norm = linear_norm(binding.final_norm, binding.d_model, binding.device)
+    unembedding, _ = matrix(binding.unembedding, binding.device)  # (vocab, d_model)
     step = max(1, ENTRIES // len(unembedding))
     for part in features.split(step):
         written = _written(dictionary, site, weights, part)  # (n, d_model)
@@ -71,7 +71,7 @@ def promoted_tokens(
         chosen = features.get(site.name)
         if not chosen:
             continue
-        index = torch.tensor(sorted(chosen), device=dictionary.W_dec.device)
+        index = torch.tensor(sorted(chosen), device=dictionary.home)
         for part, logits in direct_logits(weights, dictionary, site, index):
             frames.append(_strongest(site.name, part, logits[:, :n_tokens], n))
     if not frames:

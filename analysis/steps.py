@@ -370,7 +370,7 @@ class _Through:
             mark = torch.zeros(own.shape[1], device=own.device, dtype=own.dtype)
             mark[self.position] = 1
             now = dictionary.encode(own)[0, self.position, self.node].detach()
-            change = mark[None, :, None] * (leaf - now) * dictionary.W_dec[self.node]
+            change = mark[None, :, None] * (leaf - now) * dictionary.directions(self.node)
             tokens = clean.pairs.clean[:, : own.shape[1]]
             bases = {self.site: dictionary.basis, clean.end: clean.target.basis}
             run = clean.binding.forward(tokens, bases, patches={self.site: lambda x: x + change})
@@ -394,7 +394,7 @@ class _Through:
         """The gradient along what a source writes."""
         site, node, position = source
         if node != ERROR:
-            return gradient[site][position] @ self.batch.clean.dictionaries[site].W_dec[node]
+            return gradient[site][position] @ self.batch.clean.dictionaries[site].directions(node)
         clean = self.batch.clean.nodes[site].error
         return gradient[site][position] @ (clean - self.batch.base[site].error.expand_as(clean))[0, position]
 

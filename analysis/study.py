@@ -32,6 +32,7 @@ from ..model.targets import FeatureTarget, LogitTarget, ProbeTarget, Target, rea
 from ..model.tasks import Pair, PairBatch, TaskTooSmall, batches, load_task
 from ..model.unit_ablation import ablate_units
 from ..model.units import UnitEdges
+from ..queries.kept_files import run_options
 from ..queries.statistics import StatisticsStore
 from ..queries.store import GraphStore
 from ..queries.subgraphs import RunRow, model_features, run_sequences
@@ -269,10 +270,7 @@ def own_baseline_name(run: RunRow) -> str:
 
 def recorded_options(atlas: Path, run: str) -> dict[str, Any]:
     """The options that a run was made with, from its manifest; empty where the atlas has none."""
-    manifest = atlas / "runs" / f"{run}.json"
-    if not manifest.is_file():
-        return {}
-    return dict(json.loads(manifest.read_text(encoding="utf-8")).get("options") or {})
+    return run_options(atlas, run)
 
 
 def _target(described: Mapping[str, Any], dictionaries: Mapping[Site, Dictionary], binding: Binding, path: str | None) -> Target:

@@ -361,7 +361,7 @@ def _source_changes(prepared: Prepared, edges: _Edges) -> dict[Site, Tensor]:
                 delta = group.delta[row, node]
             else:  # padding has change 0
                 delta = torch.where(group.index[row] == node[:, None], group.delta[row], 0).sum(-1)
-            move[which] = delta[:, None] * dictionary.W_dec[node]
+            move[which] = delta[:, None] * dictionary.directions(node)
         found[parent] = move
     return found
 
@@ -371,8 +371,8 @@ def _node_change(dictionary: Dictionary, patched: Tensor, clean: Tensor, index: 
     change = dictionary.encode(patched) - dictionary.encode(clean)  # (n, d_sae)
     feature = index < dictionary.d_sae
     move = patched - clean
-    move[feature] = change[feature].gather(1, index[feature][:, None]) * dictionary.W_dec[index[feature]]
-    move[~feature] -= change[~feature] @ dictionary.W_dec  # the error node's: all that is not the features'
+    move[feature] = change[feature].gather(1, index[feature][:, None]) * dictionary.directions(index[feature])
+    move[~feature] -= dictionary.lift(change[~feature])  # the error node's: all that is not the features'
     return move
 
 

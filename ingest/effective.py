@@ -45,6 +45,7 @@ from .settings import (
     TooManyEdges,
     UnavailableBaseline,
     ZeroGradient,
+    wider,
 )
 
 __all__ = [
@@ -340,7 +341,7 @@ def _lane_group(
     """
     steps, n_lanes, memory = prepared.settings.steps, len(packing.lanes), prepared.settings.memory
     n_slots = int(packing.slot.max()) + 1
-    seen = packing.per_lane if n_slots > FEW_SLOTS else 0
+    seen = packing.per_lane if _keeps_patterns(prepared, function, packing) else 0
     together = min(steps, chunk(memory, n_lanes * packing.per_lane * forward_bytes(prepared.binding, function, seen)))
     groups = [range(low, min(low + together, steps)) for low in range(0, steps, together)]
     with fast_products(rows.outs):
@@ -371,18 +372,26 @@ def candidates_at(prepared: Prepared, function: LocalFunction, packing: Packing)
     return sum(int(prepared.candidates[parent].counts[cells].sum()) for parent in function.parents)
 
 
+def _keeps_patterns(prepared: Prepared, function: LocalFunction, packing: Packing) -> bool:
+    """Whether attention goes by the plain kernel: its backward pass takes a batch of cotangents at once, where fused ones are looped over.
+
+    But it keeps every pattern, (positions × positions) a head: for long prompts only where one lane's fit.
+    """
+    if int(packing.slot.max()) + 1 <= FEW_SLOTS:
+        return False
+    return packing.per_lane * forward_bytes(prepared.binding, function, packing.per_lane) <= prepared.settings.memory // 2
+
+
 def _forward(prepared: Prepared, function: LocalFunction, packing: Packing, steps: range) -> _Pass:
     """The local function on every lane at some steps, with a graph; consistent with the clean run at the last."""
     along = lambda site: torch.cat([packing.at_lanes(at_alpha(prepared, site, prepared.alphas[k])) for k in steps])
     leaves = {parent: along(parent).requires_grad_() for parent in function.parents}
     constants = {site: packing.at_lanes(prepared.values[site]).repeat(len(steps), 1, 1) for site in function.constants}
     run = prepared.run if packing.length in (None, prepared.shape[1]) else prepared.clean.suffix(0, packing.per_lane)
-    # The plain attention kernel's backward pass takes a batch of cotangents at once, fused ones are looped over; but it keeps every pattern.
-    many = int(packing.slot.max()) + 1 > FEW_SLOTS
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if many else nullcontext():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if _keeps_patterns(prepared, function, packing) else nullcontext():
         out = function(leaves, constants, run)
     if steps[-1] == prepared.settings.steps - 1:
-        check_consistent(out[-len(packing.lanes) :], packing.at_lanes(prepared.values[function.target]), function.site)
+        check_consistent(out[-len(packing.lanes) :], packing.at_lanes(prepared.values[function.target]), function.site, prepared.binding.precision)
     return _Pass(leaves, out, steps)
 
 
@@ -477,7 +486,7 @@ def places(prepared: Prepared, packing: Packing) -> Tensor:
 def check_finite(gradient: Tensor, site: Site) -> None:
     """Raise `NotFinite` for a gradient with respect to a site that is no number."""
     if not gradient.isfinite().all():
-        raise NotFinite(f"gradients with respect to {site.name} are not finite in {gradient.dtype}: take --dtype float32")
+        raise NotFinite(f"gradients with respect to {site.name} are not finite in {gradient.dtype}: {wider(gradient.dtype)}")
 
 
 def _effects(prepared: Prepared, site: Site, gradient: Tensor, place: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -505,7 +514,7 @@ def _effects(prepared: Prepared, site: Site, gradient: Tensor, place: Tensor) ->
                 yield slot, cells[cell], node, effect[slot, cell, node]
             else:
                 index = group.index[here]
-                effect = torch.bmm(local.transpose(0, 1), dictionary.W_dec[index].transpose(1, 2)) * delta[:, None]  # (P, slots, C)
+                effect = torch.bmm(local.transpose(0, 1), dictionary.directions(index).transpose(1, 2)) * delta[:, None]  # (P, slots, C)
                 cell, slot, column = kept(effect).nonzero(as_tuple=True)
                 yield slot, cells[cell], index[cell, column], effect[cell, slot, column]
     cells = (candidates.live & (place >= 0)).nonzero().flatten()

@@ -65,7 +65,7 @@ def effective_sums(
     if site.kind is SiteKind.ATTN:
         raise NoHeadsBefore(f"the heads of {site.name} are that site itself: take --method encoder, which is exact there")
     sources = [Site(SiteKind.ATTN, layer) for layer in layers]
-    neurons = identity(binding.d_heads, basis=Basis.HEADS, device=binding.device, dtype=dictionary.W_dec.dtype)
+    neurons = identity(binding.d_heads, basis=Basis.HEADS, device=binding.device, dtype=binding.dtype)
     chosen: dict[Site, Dictionary] = {**dict.fromkeys(sources, neurons), site: dictionary}
     units = _units(binding.graph(chosen), chosen, site, binding.n_heads)
     total, n = np.zeros((dictionary.d_sae, len(sources) * binding.n_heads)), 0
@@ -129,7 +129,7 @@ def encoder_sums(
 
 def _through(binding: Binding, dictionary: Dictionary, site: Site) -> Tensor:
     """What each feature's encoder reads of each head's output, (d_sae, n_heads, head_dim)."""
-    read = read_directions(dictionary)
+    read = read_directions(dictionary).to(binding.device)  # it may lie on its layer's device
     if dictionary.basis is Basis.HEADS:
         return read.view(len(read), binding.n_heads, -1)
     attention = ModelWeights(binding).attention(site.layer)

@@ -96,11 +96,11 @@ def _row(place: str, record: object, name: str) -> dict[str, Any]:
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, Mapping):
-        raise ValueError(f"{str(record)[:40]!r} is no object with names")
+        raise ValueError(f"{repr(record)[:40]} is no object with names")
     known = {_NAMES.get(str(column).strip().lower(), str(column).strip().lower()): value for column, value in record.items() if column is not None}
     unknown = [column for column in known if column not in ROW and column not in ("written", "layer")]
     if unknown:
-        raise ValueError(f"unknown column {unknown[0]!r}: there are key, or site and index; label; {', '.join(list(ROW)[7:])}")
+        raise ValueError(f"unknown column {unknown[0][:40]!r}: there are key, or site and index; label; {', '.join(list(ROW)[7:])}")
     row: dict[str, Any] = dict.fromkeys(ROW)
     row.update({column: _text(known.get(column)) for column in _TEXTS}, place=place)
     row["feature"] = _number(known.get("feature"), "index", int)
@@ -109,11 +109,11 @@ def _row(place: str, record: object, name: str) -> dict[str, Any]:
         raise ValueError("neither a key, nor a site and an index")
     label = known.get("label")
     if not isinstance(label, str):
-        raise ValueError("no label" if label is None else f"the label {label!r} is no text")
+        raise ValueError("no label" if label is None else f"the label {repr(label)[:40]} is no text")
     row["label"] = checked(label)
     kind = _text(known.get("kind"))
     if kind is not None and kind not in list(LabelKind):
-        raise ValueError(f"unknown kind {kind!r}: there are {', '.join(LabelKind)}")
+        raise ValueError(f"unknown kind {kind[:40]!r}: there are {', '.join(LabelKind)}")
     row["kind"] = kind or str(LabelKind.FILE)
     row["source"] = row["source"] if row["source"] is not None or kind == LabelKind.HAND else name
     return row
@@ -123,7 +123,7 @@ def _text(value: object) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, str | int):
-        raise ValueError(f"{str(value)[:40]!r} is no text")
+        raise ValueError(f"{repr(value)[:40]} is no text")
     return str(value)
 
 
@@ -138,7 +138,7 @@ def _number(value: object, name: str, kind: type) -> Any:
         if not math.isfinite(number):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"{name} {value!r} is no {'whole number' if kind is int else 'number'}") from None
+        raise ValueError(f"{name} {repr(value)[:40]} is no {'whole number' if kind is int else 'number'}") from None
     if kind is int and not 0 <= number < 2**31:
         raise ValueError(f"{name} {value!r} is no number of a feature")
     return number
@@ -244,22 +244,23 @@ def _explanations(place: str, record: object) -> Iterator[dict[str, Any]]:
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, Mapping):
-        raise ValueError(f"{str(record)[:40]!r} is no explanation")
+        raise ValueError(f"{repr(record)[:40]} is no explanation")
     parts = record.get("explanations") if "explanations" in record else [record]
     if not isinstance(parts, list):
         raise ValueError("`explanations` is no list")
     for part in parts:
         if not isinstance(part, Mapping):
-            raise ValueError(f"{str(part)[:40]!r} is no explanation")
+            raise ValueError(f"{repr(part)[:40]} is no explanation")
         whole = {**record, **{name: value for name, value in part.items() if value not in (None, "")}}
         model, layer, index = whole.get("modelId"), whole.get("layer"), _number(whole.get("index"), "index", int)
         if not isinstance(model, str) or not isinstance(layer, str) or index is None:
             raise ValueError("modelId, layer and index must say of which feature it is")
         description = part.get("description")
         if description is not None and not isinstance(description, str):
-            raise ValueError(f"the description {str(description)[:40]!r} is no text")
+            raise ValueError(f"the description {repr(description)[:40]} is no text")
         explainer = " ".join(str(part[name]) for name in ("typeName", "explanationModelName") if part.get(name))
-        scores = [score.get("value") for score in part.get("scores") or [] if isinstance(score, Mapping)]
+        listed = part.get("scores")
+        scores = [score.get("value") for score in listed if isinstance(score, Mapping)] if isinstance(listed, list) else []
         known = [float(v) for v in scores if isinstance(v, int | float) and 0 <= v <= 1]
         empty = description is None or not description.strip()
         yield {

@@ -100,7 +100,7 @@ class _Sums:
     def add_attention(self, layer: int, values: Mapping[Site, Tensor]) -> None:
         block, weights = self.weights.binding.blocks[layer], self.weights.attention(layer)
         scale = weights.norm.scale(block.ln_attn, values[_before(layer)])  # (batch, pos, 1)
-        post = weights.post.scale(block.post_attn, block.out_proj(values[Site(SiteKind.ATTN, layer)]))
+        post = weights.post.scale(block.post_attn, self.weights.binding.apply(block.out_proj, values[Site(SiteKind.ATTN, layer)]))
         earlier = self._scales.get(layer, (0.0, 0.0))
         self._scales[layer] = (earlier[0] + float(computed(scale).sum()), earlier[1] + float(computed(post).sum()))
 
@@ -110,7 +110,7 @@ class _Sums:
         if not binding.parallel:
             attn = Site(SiteKind.ATTN, layer)
             resid = resid + binding.written(attn, values[attn], Basis.HEADS)
-        normed = binding.blocks[layer].ln_mlp(resid)
+        normed = binding.apply(binding.blocks[layer].ln_mlp, resid)
         scale = self._scale(layer, weights, resid, normed)
         first, second = weights.factors(normed)  # (batch, pos, d_mlp)
         sums = _summed(first, scale), None if second is None else _summed(second, scale)
@@ -124,7 +124,7 @@ class _Sums:
         if self.norm_scale is NormScale.ONE:
             return None
         block = self.weights.binding.blocks[layer]
-        return weights.norm.scale(block.ln_mlp, resid) * weights.post.scale(block.post_mlp, block.mlp(normed))
+        return weights.norm.scale(block.ln_mlp, resid) * weights.post.scale(block.post_mlp, self.weights.binding.apply(block.mlp, normed))
 
     def means(self) -> Linearisation:
         return Linearisation(

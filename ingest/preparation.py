@@ -15,7 +15,7 @@ from ..model.sites import EMBED, Basis, Site, SiteGraph, SiteKind
 from ..model.tail import CleanRun, Tail
 from ..model.targets import FeatureTarget, LogitTarget, Target
 from ..model.tasks import PairBatch
-from .settings import EdgeSettings, NotFinite, ZeroGradient
+from .settings import EdgeSettings, NotFinite, ZeroGradient, wider
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def prepare(
             if settings.steps > 1:
                 base[site] = nodes.value(dictionary).expand_as(clean)
             if not candidates[site].finite:
-                raise NotFinite(f"nodes of {site.name} are not finite in {run.values[site].dtype}: take --dtype float32")
+                raise NotFinite(f"nodes of {site.name} are not finite in {run.values[site].dtype}: {wider(run.values[site].dtype)}")
     return Prepared(
         binding, graph, dictionaries, settings, target, pairs, run.logits, run, dict(run.values), base, gradients, candidates,
         clean_metric.detach(), corrupt_metric, CleanRun(binding, run, run.values),
@@ -213,7 +213,7 @@ def _clean_run(
     may_be_flat = flat_at_clean or isinstance(target, FeatureTarget)
     for site in wanted:
         if not gradients[site].isfinite().all():
-            raise NotFinite(f"the gradient of {target.name} at {site.name} is not finite in {value.dtype}: take --dtype float32")
+            raise NotFinite(f"the gradient of {target.name} at {site.name} is not finite in {value.dtype}: {wider(value.dtype)}")
         if not may_be_flat and not gradients[site].any():
             raise ZeroGradient(f"the gradient of {target.name} is zero everywhere at {site.name}: no effect can be attributed through it")
     run.values = {site: x.detach() for site, x in run.values.items()}

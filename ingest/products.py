@@ -15,7 +15,8 @@ sequence at some lags, since tokens of one sequence are not independent.
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from scipy import sparse  # type: ignore[import-untyped]
 
 from ..errors import FeatlasError
+from ..files import on_disk
 from .moments import Arrays, LiveRule, ShapesDiffer, SparseNodes
 from .settings import DEFAULT_MEMORY
 
@@ -72,6 +74,16 @@ class Batch:
     n_rows: int
     n_positions: int
     entries: Mapping[str, tuple[NDArray[np.int32], NDArray[np.int32], NDArray[Any]]]
+
+    @staticmethod
+    def of(nodes: Mapping[str, SparseNodes], sites: Iterable[str], n_positions: int) -> "Batch":
+        """The entries of the nodes of `sites`, all on the same rows."""
+        entries = {}
+        for site in sites:
+            row, node, value = (column.cpu().numpy() for column in nodes[site].entries)
+            precision = np.float64 if nodes[site].value.dtype == torch.float64 else np.float32
+            entries[site] = (row.astype(np.int32), node.astype(np.int32), value.astype(precision))
+        return Batch(next(iter(nodes.values())).n_rows, n_positions, entries)
 
     @property
     def n_entries(self) -> int:
@@ -177,7 +189,8 @@ class JointMoments:
     """Sums of products of the live nodes of several sites, by pairs of sites; see the module's first lines.
 
     widths: site → d_sae. pairs: of sites, a site with itself included, where their products are wanted. folder: where tiles and
-    entries are kept; nobody else writes there. live: the live nodes of another shard, to be merged with; None chooses them here.
+    entries are kept; nobody else writes there. live, shifts: the live nodes of another shard, to be merged with, and what they are shifted by;
+    None chooses them here.
     """
 
     def __init__(
@@ -190,6 +203,7 @@ class JointMoments:
         memory: int = DEFAULT_MEMORY,
         device: torch.device | str = "cpu",
         live: Mapping[str, IntArray] | None = None,
+        shifts: Mapping[str, FloatArray] | None = None,
     ) -> None:
         self.widths, self.pairs, self.rule, self.folder, self.device = dict(widths), list(pairs), rule, folder, torch.device(device)
         self.max_entries = max(memory // 4 // ENTRY_BYTES, 1)
@@ -197,6 +211,7 @@ class JointMoments:
         self.rows = 0
         self.lag_rows: IntArray = np.zeros(len(LAGS), dtype=np.int64)
         self.live: dict[str, IntArray] | None = None if live is None else dict(live)
+        self.shifts = shifts
         self.sums: dict[str, NodeSums] = {}
         self.pending: list[Batch] = []
         self.segments: list[str] = []  # files of the first pending batches
@@ -206,21 +221,24 @@ class JointMoments:
 
     def add(self, nodes: Mapping[str, SparseNodes], n_positions: int) -> None:
         """Take one batch: the nodes of every site on the same rows, `n_positions` rows a sequence."""
-        entries = {}
-        for site in self.widths:
-            row, node, value = (column.cpu().numpy() for column in nodes[site].entries)
-            if self.live is not None:
-                kept = np.isin(node, self.live[site])
-                row, node, value = row[kept], node[kept], value[kept]
-            precision = np.float64 if nodes[site].value.dtype == torch.float64 else np.float32
-            entries[site] = (row.astype(np.int32), node.astype(np.int32), value.astype(precision))
-        n_rows = next(iter(nodes.values())).n_rows
-        self.pending.append(Batch(n_rows, n_positions, entries))
-        self.rows += n_rows
+        self.take(Batch.of(nodes, self.widths, n_positions))
+
+    def take(self, batch: Batch) -> None:
+        """Take the entries of one batch."""
+        if self.live is not None:
+            kept = {site: np.isin(node, self.live[site]) for site, (_, node, _) in batch.entries.items()}
+            entries = {site: (row[kept[site]], node[kept[site]], value[kept[site]]) for site, (row, node, value) in batch.entries.items()}
+            batch = Batch(batch.n_rows, batch.n_positions, entries)
+        if self.collect(batch):
+            self.fold()
+
+    def collect(self, batch: Batch) -> bool:
+        """Keep a batch's entries; returns whether enough are pending to be folded."""
+        self.pending.append(batch)
+        self.rows += batch.n_rows
         rows = sum(batch.n_rows for batch in self.pending)
         full = sum(batch.n_entries for batch in self.pending) >= self.max_entries
-        if full or rows >= (FLUSH_ROWS if self.live is not None else self.rule.rows):
-            self.fold()
+        return full or rows >= (FLUSH_ROWS if self.live is not None else self.rule.rows)
 
     def _choose(self) -> dict[str, IntArray]:
         """The live nodes of each site by what is pending."""
@@ -236,11 +254,7 @@ class JointMoments:
 
     def fold(self) -> None:
         """Add the products of all pending rows; the live nodes are chosen at the first call."""
-        if self.live is None:
-            self.live = self._choose()
-        rows = {site: self._rows(site) for site in self.widths}
-        if not self.sums:
-            self.sums = {site: NodeSums.empty(self._shift(site, x)) for site, x in rows.items()}
+        rows = self.begin()
         if not self.pending:
             return
         z = {site: _centred(x, self.sums[site].shift) for site, x in rows.items()}
@@ -255,6 +269,16 @@ class JointMoments:
             sums += _product(z[tile.first], turned[tile.first], z[tile.second], tile, self.device)
             self.tiles.write(tile, sums)
         self.pending, self.segments, self.n_saved = [], [], 0
+
+    def begin(self) -> dict[str, sparse.csr_matrix]:
+        """Choose the live nodes, and what they are shifted by, unless they are; returns the pending rows of each site."""
+        if self.live is None:
+            self.live = self._choose()
+        rows = {site: self._rows(site) for site in self.widths}
+        if not self.sums:
+            shifts = self.shifts if self.shifts is not None else {site: self._shift(site, x) for site, x in rows.items()}
+            self.sums = {site: NodeSums.empty(shifts[site]) for site in rows}
+        return rows
 
     def n_live(self, site: str) -> int:
         assert self.live is not None  # asked for after the first fold
@@ -312,9 +336,10 @@ class JointMoments:
         moved = {site: sums.shift - self.sums[site].shift for site, sums in other.sums.items()}
         for tile, sums in other.blocks():
             d, e = moved[tile.first][tile.start : tile.stop], moved[tile.second]
-            first, second = other.sums[tile.first].sums[tile.start : tile.stop], other.sums[tile.second].sums
-            recentred = sums + np.outer(d, second) + np.outer(first, e) + other.rows * np.outer(d, e)
-            self.tiles.write(tile, self.tiles.read(tile, self.n_live(tile.second)) + recentred)
+            if d.any() or e.any():
+                first, second = other.sums[tile.first].sums[tile.start : tile.stop], other.sums[tile.second].sums
+                sums = sums + np.outer(d, second) + np.outer(first, e) + other.rows * np.outer(d, e)
+            self.tiles.write(tile, self.tiles.read(tile, self.n_live(tile.second)) + sums)
         for site, others in other.sums.items():
             self.sums[site] = self.sums[site] + others.shifted(self.sums[site].shift, other.rows, other.lag_rows)
         self.rows, self.lag_rows = self.rows + other.rows, self.lag_rows + other.lag_rows
@@ -326,7 +351,7 @@ class JointMoments:
         self.folder.mkdir(parents=True, exist_ok=True)
         if len(self.pending) > self.n_saved:
             self.segments.append(self.tiles.name("entries", "npz"))
-            _save(self.folder / self.segments[-1], packed(_batch_arrays(self.pending[self.n_saved :])))
+            save_bytes(self.folder / self.segments[-1], packed(_batch_arrays(self.pending[self.n_saved :])))
             self.n_saved = len(self.pending)
         self.tiles.flush()
         arrays: Arrays = {
@@ -344,9 +369,7 @@ class JointMoments:
         """After the commit: remove the files that it no longer names."""
         self.tiles.committed = frozenset(self.tiles.files.values())
         wanted = self.tiles.committed | set(self.segments)
-        for path in self.folder.iterdir():
-            if path.name not in wanted:
-                path.unlink()
+        _only(self.folder, wanted)
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Go on from what `save` returned. Raises `PartsMissing`."""
@@ -363,7 +386,7 @@ class JointMoments:
         self.live = named("live") or None
         parts = {name: named(name) for name in NodeSums.__dataclass_fields__}
         self.sums = {site: NodeSums(**{name: parts[name][site] for name in parts}) for site in parts["shift"]}
-        self.pending = [batch for name in self.segments for batch in _batches(unpacked((self.folder / name).read_bytes()))]
+        self.pending = [batch for name in self.segments for batch in _batches(_read_arrays(self.folder / name))]
         self.n_saved = len(self.pending)
 
     def _taken_up(self, segments: list[str]) -> None:
@@ -380,6 +403,61 @@ class JointMoments:
                 break
             self.tiles.resident[tile] = sums
             self.tiles.used += sums.nbytes
+
+
+class Collected:
+    """The entries of the first batches of a corpus, for whoever chooses the live nodes: what a shard keeps that lies within them.
+
+    Same use as `JointMoments`: `add`, `save`, `cleaned`, `restore`. All entries go to files of `folder`, at most `max_entries` are held.
+    """
+
+    def __init__(self, widths: Mapping[str, int], folder: Path, *, memory: int = DEFAULT_MEMORY) -> None:
+        self.widths, self.folder = dict(widths), folder
+        self.max_entries = max(memory // 4 // ENTRY_BYTES, 1)
+        self.segments: list[str] = []
+        self.pending: list[Batch] = []
+
+    def add(self, nodes: Mapping[str, SparseNodes], n_positions: int) -> None:
+        """Take one batch: the nodes of every site on the same rows, `n_positions` rows a sequence."""
+        self.pending.append(Batch.of(nodes, self.widths, n_positions))
+        if sum(batch.n_entries for batch in self.pending) >= self.max_entries:
+            self._write()
+
+    def _write(self) -> None:
+        if self.pending:
+            self.segments.append(f"entries.{len(self.segments) + 1:09d}.npz")
+            save_bytes(self.folder / self.segments[-1], packed(_batch_arrays(self.pending)))
+            self.pending = []
+
+    def batches(self) -> Iterator[Batch]:
+        """All that were added, in order."""
+        for name in self.segments:
+            yield from _batches(_read_arrays(self.folder / name))
+        yield from self.pending
+
+    def save(self) -> Arrays:
+        """Write what is not in a file, and return what `restore` needs."""
+        self._write()
+        return {"segments": np.array(self.segments, dtype=np.str_)}
+
+    def cleaned(self) -> None:
+        """After the commit: remove the files that it does not name."""
+        _only(self.folder, set(self.segments))
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from what `save` returned. Raises `PartsMissing`."""
+        self.segments, self.pending = arrays["segments"].tolist(), []
+        missing = [name for name in self.segments if not (self.folder / name).is_file()]
+        if missing:
+            raise PartsMissing(f"{self.folder / missing[0]} is gone: delete the run and repeat it")
+
+
+def _only(folder: Path, wanted: Collection[str]) -> None:
+    """Remove all other files of a folder."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in wanted:
+                path.unlink()
 
 
 def _centred(x: sparse.csr_matrix, shift: FloatArray) -> sparse.csr_matrix:
@@ -430,7 +508,15 @@ def unpacked(payload: bytes) -> dict[str, NDArray[Any]]:
 def save_array(path: Path, array: NDArray[Any]) -> None:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
-    _save(path, stream.getbuffer())
+    save_bytes(path, stream.getbuffer())
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Raises `PartsMissing`."""
+    try:
+        return unpacked(path.read_bytes())
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise PartsMissing(f"{path} cannot be read ({error}): delete the run and repeat it") from None
 
 
 def load_array(path: Path) -> FloatArray:
@@ -441,10 +527,10 @@ def load_array(path: Path) -> FloatArray:
         raise PartsMissing(f"{path} cannot be read ({error}): delete the run and repeat it") from None
 
 
-def _save(path: Path, payload: bytes | memoryview) -> None:
+def save_bytes(path: Path, payload: bytes | memoryview) -> None:
     """Onto the disk itself: what a commit names must be there after a power cut too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with on_disk(path), path.open("wb") as file:
         file.write(payload)
         file.flush()
         os.fsync(file.fileno())

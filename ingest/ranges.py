@@ -14,6 +14,7 @@ def check_numbers(
     noise_scale: float = 1.0,
     limit: int | None = None,
     batch_size: int | None = None,
+    workers: int = 1,
 ) -> None:
     """Raise a `UserError` that names the option for a number out of its range."""
     if steps < 1:
@@ -34,6 +35,8 @@ def check_numbers(
         raise UserError(f"--limit {limit} leaves no sequence: give at least 1")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"--batch-size {batch_size} is too small: give at least 1")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: there must be one at least")
 
 
 def check_baseline(baseline: str, statistics_run: str | None, *, per_position: bool) -> None:

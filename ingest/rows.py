@@ -145,7 +145,7 @@ def outputs_at_steps(prepared: Prepared, function: LocalFunction) -> Tensor:
         for k, alpha in enumerate(prepared.alphas if prepared.settings.steps > 1 else ()):
             out = function({parent: at_alpha(prepared, parent, alpha) for parent in function.parents}, constants, prepared.run)
             if alpha == 1:
-                check_consistent(out, clean, function.site)
+                check_consistent(out, clean, function.site, prepared.binding.precision)
             else:
                 outs[k] = out.flatten(0, 1)
     return outs
@@ -157,12 +157,12 @@ def at_alpha(prepared: Prepared, site: Site, alpha: float) -> Tensor:
     return clean if alpha == 1 else torch.lerp(prepared.base[site], clean, alpha)
 
 
-def check_consistent(ours: Tensor, theirs: Tensor, site: Site) -> None:
-    """Raise `InconsistentSite` where a site's recomputation from clean parents is not its clean value, at any position."""
+def check_consistent(ours: Tensor, theirs: Tensor, site: Site, precision: torch.dtype) -> None:
+    """Raise `InconsistentSite` where a site's recomputation from clean parents is not its clean value; `precision` is the weights'."""
     size = theirs.float().norm(dim=-1)
     # A position's own size counts, so that one of a massive activation does not hide the others; but rounding goes by the larger ones.
     error = float(((ours.detach() - theirs).float().norm(dim=-1) / size.clamp_min(0.1 * float(size.mean()) + 1e-30)).max())
-    tolerance = CONSISTENCY if theirs.dtype in (torch.float32, torch.float64) else 64 * float(torch.finfo(theirs.dtype).eps)
+    tolerance = CONSISTENCY if precision in (torch.float32, torch.float64) else 64 * float(torch.finfo(precision).eps)
     if not error <= tolerance:
         raise InconsistentSite(
             f"{site.name} recomputed from its parents differs from the model's value by {error:.1e} (allowed {tolerance:.0e}): "
@@ -230,7 +230,7 @@ def _along(gradient: Tensor, dictionary: Dictionary, cell: Tensor, index: Tensor
     """G[cell] · W_dec[index] for each row, (n,)."""
     step = chunk(memory, 2 * gradient.shape[1] * gradient.itemsize)
     parts = [
-        (gradient[c] * dictionary.W_dec[i]).sum(-1)
+        (gradient[c] * dictionary.directions(i)).sum(-1)
         for c, i in zip(cell.split(step), index.split(step), strict=True)
     ]
     return torch.cat(parts) if parts else gradient.new_zeros(0)
@@ -252,7 +252,7 @@ def _exact_features(prepared: Prepared, site: Site, path: _Path, tails: "_Tails"
     dictionary = prepared.dictionaries[site]
     row, step = path.active[left, :-1].nonzero(as_tuple=True)
     row = left[row]
-    directions = lambda at: dictionary.W_dec[path.index[row[at]]]
+    directions = lambda at: dictionary.directions(path.index[row[at]])
     change = lambda at: (path.value[row[at], step[at]] - path.value[row[at], -1])[:, None] * directions(at)
     for at, gradient, _ in tails(path.cell[row], change):
         first[row[at], step[at]] = (gradient * directions(at)).sum(-1)
@@ -291,7 +291,7 @@ def _interpolate(prepared: Prepared, site: Site, path: _Path, tails: "_Tails", f
 
     def at_shifts(row: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
         """c and m where feature `row` is moved by `by`."""
-        directions = lambda at: dictionary.W_dec[path.index[row[at]]]
+        directions = lambda at: dictionary.directions(path.index[row[at]])
         slope, metric = torch.empty_like(by), torch.empty_like(by)
         for at, gradient, value in tails(path.cell[row], lambda at: by[at][:, None] * directions(at)):
             slope[at], metric[at] = (gradient * directions(at)).sum(-1), value
@@ -360,7 +360,7 @@ class _Tails:
         value = self.prepared.values[self.site]
         if dtype is None or full:
             return fast_products(value)
-        return torch.autocast(value.device.type, dtype)
+        return self.prepared.binding.autocast(dtype)
 
     def __call__(self, cell: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Run the tail for evaluations at `cell` (n,), each with change(evaluations) (m, width) added to the clean value there.

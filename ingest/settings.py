@@ -28,6 +28,13 @@ class NotFinite(FeatlasError):
     """A gradient or a node's change is NaN or infinite: comparisons with it would silently drop or keep edges."""
 
 
+def wider(kind: torch.dtype) -> str:
+    """The way out where numbers of a type are not finite."""
+    if kind not in (torch.float32, torch.float64):
+        return "take --dtype float32"
+    return "a dictionary's or the model's weights are too large: `featlas dictionaries evaluate` looks at them"
+
+
 class InconsistentSite(FeatlasError):
     """A site recomputed from its parents' clean values is not what the model computed."""
 

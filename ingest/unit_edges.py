@@ -221,7 +221,7 @@ class _Changes:
         self.n_cells = prepared.shape[0] * prepared.shape[1]
         self.unit_of = unit_of.to(self.device)  # (d_sae + 1,), counted from the site's first
         self.present = self._present()  # (cells, units)
-        numbers = int(self.present.sum()) * self.dictionary.d_in * self.dictionary.W_dec.itemsize
+        numbers = int(self.present.sum()) * self.dictionary.d_in * self.candidates.error_delta.itemsize
         fits = numbers <= self.memory // CHUNKS // len(prepared.dictionaries)
         everywhere = torch.arange(self.n_cells, device=self.device)
         self._kept = list(self._made(everywhere, 0)) if fits else None
@@ -252,13 +252,12 @@ class _Changes:
         An effect is not zero only where a node's direction and a gradient share a dimension.
         """
         found = torch.zeros(self.n_cells, self.dictionary.d_sae + 1, dtype=torch.bool, device=self.device)
-        size = self.dictionary.W_dec.abs()
-        step = chunk(self.memory, 3 * self.dictionary.d_sae * size.itemsize)
+        step = chunk(self.memory, 3 * self.dictionary.d_sae * gradient.itemsize)
         wanted = gradient.any(-1)
         for cell, node, _ in self._features(wanted):
             found[cell, node] = True
         for cells in wanted.nonzero().flatten().split(step):
-            found[cells, :-1] &= gradient[cells] @ size.T != 0
+            found[cells, :-1] &= self.dictionary.meets(gradient[cells])
         found[:, -1] = (gradient * self.candidates.error_delta.abs()).any(-1)
         return found
 
@@ -279,7 +278,7 @@ class _Changes:
 
     def _made(self, cells: Tensor, slots: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Cells with similar numbers of units together, so that padding wastes little."""
-        width, itemsize = self.dictionary.d_in, self.dictionary.W_dec.itemsize
+        width, itemsize = self.dictionary.d_in, self.candidates.error_delta.itemsize
         counts = self.present[cells].sum(-1)
         upper = int(counts.max()) if len(counts) else 0
         while upper > 0:
@@ -300,10 +299,10 @@ class _Changes:
         unit[at, column[at, own]] = own
         place = torch.full((self.n_cells,), -1, device=self.device)
         place[cells] = torch.arange(len(cells), device=self.device)
-        vector = self.dictionary.W_dec.new_zeros(len(cells) * n, width)
+        vector = self.candidates.error_delta.new_zeros(len(cells) * n, width)
         for cell, node, delta in self._features(place >= 0):
             at = place[cell]
-            vector.index_add_(0, at * n + column[at, self.unit_of[node]], self.dictionary.W_dec[node] * delta[:, None])
+            vector.index_add_(0, at * n + column[at, self.unit_of[node]], self.dictionary.directions(node) * delta[:, None])
         error = self.candidates.error_delta[cells]
         at = (present[:, self.unit_of[-1]] & error.any(-1)).nonzero().flatten()
         vector.index_add_(0, at * n + column[at, self.unit_of[-1]], error[at])

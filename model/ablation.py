@@ -358,7 +358,7 @@ def _with_dead_nodes(
     moved: Tensor | float = 0.0
     if len(columns):
         change = (dictionary.encode_columns(whole, columns) - of(base.features[..., columns])) * is_listed  # (n, pos, C)
-        moved = change @ dictionary.W_dec[columns]  # (n, pos, width)
+        moved = change @ dictionary.directions(columns)  # (n, pos, width)
     error_moves = bool((error_alive ^ flip[:, None]).any())  # away from the point that a set starts from
     error_change = whole - dictionary.decode(dictionary.encode(whole)) - of(base.error) if error_moves else 0.0
     from_base = batch.base_values[site][sequence, begin:] + moved + error_alive[..., None] * error_change

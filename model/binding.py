@@ -10,12 +10,15 @@
 
 The value of a site is what its dictionary reads: for `Basis.RESIDUAL` what is added to (or in) the residual stream,
 for `Basis.HEADS` the concatenated head outputs before the output projection (`hook_z`).
+
+Wherever the model's parts lie (`placement.py`) and whatever type its weights have, what goes in and comes out here is on one device,
+`device`, and in float32 (float64 in a float64 model): a part takes its input to itself, and its output is brought back.
 """
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FeatlasError, UserError
+from .placement import home_of, light_graphs, place_of
 from .sites import EMBED, Basis, Site, SiteGraph, SiteKind
 
 BINDING_TOLERANCE = 1e-4
@@ -176,7 +180,7 @@ class Network(ABC):
 
     layers: what makes each `resid_l`, n_layers of them. d_model: the width of the residual stream; where sites differ, that of the widest.
     n_heads, d_heads: 0 without attention. chain: plain layers, each reading the one before (`SiteGraph.chain`). `tokens` (batch, pos) are whatever
-    its input is numbered by.
+    its input is numbered by. device, dtype: of everything that goes in and comes out. precision: the type of the weights.
     """
 
     module: nn.Module
@@ -191,11 +195,27 @@ class Network(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return home_of(self.module)
+
+    @property
+    def precision(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
+        return torch.promote_types(self.precision, torch.float32)
+
+    def home(self, value: Tensor) -> Tensor:
+        """A value of a part, in the device and type of all values."""
+        return value.to(self.device, self.dtype)
+
+    @contextmanager
+    def autocast(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Autocast to a type (None: none at all) on every kind of device that a part is on."""
+        with ExitStack() as stack:
+            for kind in dict.fromkeys([self.device.type, *(place_of(layer).type for layer in self.layers)]):
+                stack.enter_context(torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None))
+            yield
 
     def graph(self, sites: Iterable[Site], target: Site | None = None) -> SiteGraph:
         """The graph of who reads whom over `sites` in this model; `target`: what y reads, the last residual stream unless given."""
@@ -266,7 +286,7 @@ class Binding(Network):
         self.n_heads = int(config.num_attention_heads)
         self.parallel = bool(getattr(config, "use_parallel_residual", False))
         self.context = int(getattr(config, "max_position_embeddings", 0) or 0)
-        weight = self.blocks[0].out_proj.weight
+        weight = self.blocks[0].out_proj.weight  # its shape alone is looked at
         # Conv1D (GPT-2) keeps its weight as (in, out), Linear as (out, in).
         self.d_heads = int(weight.shape[1] if isinstance(self.blocks[0].out_proj, nn.Linear) else weight.shape[0])  # type: ignore[index]
         self.head_dim = self.d_heads // self.n_heads
@@ -306,10 +326,10 @@ class Binding(Network):
         run = Forward()
         wanted = dict(bases)
         last = max((_order(s, self.n_layers) for s in wanted), default=None) if stop_early else None
-        with self._hooks(run, wanted, patches or {}, last, keep_attention):
+        with self._hooks(run, wanted, patches or {}, last, keep_attention), light_graphs(self.module):
             try:
                 output = self.module(input_ids=tokens.to(self.device), use_cache=False, logits_to_keep=1)
-                run.logits = output.logits[:, -1]  # (batch, vocab)
+                run.logits = self.home(output.logits[:, -1])  # (batch, vocab)
             except _Stop:
                 pass
         return run
@@ -321,10 +341,13 @@ class Binding(Network):
         handles: list[Any] = []
 
         def seen(site: Site, value: Tensor) -> Tensor:
+            value, theirs = self.home(value), value
             if site in patches:
                 value = patches[site](value)
             if site in wanted:
                 run.values[site] = value
+            # What is recorded lies on the way to what reads it, so that gradients pass it.
+            value = value.to(theirs.device, theirs.dtype)
             if last is not None and _order(site, self.n_layers) == last:
                 raise _Stop
             return value
@@ -360,9 +383,30 @@ class Binding(Network):
 
     def logits(self, resid: Tensor) -> Tensor:
         """Logits of a final residual stream, `resid` (..., d_model) → (..., vocab), final norm and soft-cap included."""
-        logits = self.unembedding(self.final_norm(resid))
-        cap = getattr(self.module.config, "final_logit_softcapping", None)
-        return torch.tanh(logits / cap) * cap if cap else logits
+        with light_graphs(self.module):
+            normed = self.final_norm(self._at(self.final_norm, resid))
+            logits = self.unembedding(self._at(self.unembedding, normed))
+            cap = getattr(self.module.config, "final_logit_softcapping", None)
+            return self.home(torch.tanh(logits / cap) * cap if cap else logits)
+
+    def apply(self, part: nn.Module, value: Tensor) -> Tensor:
+        """What one part of the model makes of a value."""
+        return self.home(part(self._at(part, value)))
+
+    def is_home(self, layer: int) -> bool:
+        """Whether a block's weights lie where values are, in their type."""
+        weights = self.layers[layer].parameters()
+        return all(weight.device == self.device and weight.dtype == self.dtype for weight in weights)
+
+    def _at(self, part: nn.Module, value: Tensor) -> Tensor:
+        """A value where a part computes, in the type of its weights."""
+        return value.to(place_of(part), self.precision)
+
+    def arguments(self, layer: int, run: Forward) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The recorded arguments of a layer's attention, where the layer computes."""
+        args, kwargs = run.attention[layer]
+        place = place_of(self.layers[layer])
+        return _moved(args, place, self.precision), {name: _moved(value, place, self.precision) for name, value in kwargs.items()}
 
     def attend(self, layer: int, resid: Tensor, run: Forward, basis: Basis = Basis.RESIDUAL, *, cache: Any = None) -> Tensor:
         """What attention of `layer` makes of a residual stream (batch, pos, d_model): its site's value in `basis`.
@@ -370,31 +414,35 @@ class Binding(Network):
         `cache` stands where transformers puts its cache: an object whose `update(keys, values, …)` returns what is attended to.
         """
         block = self.blocks[layer]
-        args, kwargs = run.attention[layer]
+        args, kwargs = self.arguments(layer, run)
         if cache is not None:
-            kwargs = {**kwargs, self.cache_name: cache}
-        normed = block.ln_attn(resid)
-        if basis is Basis.RESIDUAL:
-            return block.post_attn(_first(block.attn(normed, *args, **kwargs)))
-        grabbed: list[Tensor] = []
-        handle = block.out_proj.register_forward_pre_hook(lambda m, inputs: grabbed.append(inputs[0]))
-        try:
-            block.attn(normed, *args, **kwargs)
-        finally:
-            handle.remove()
-        return grabbed[0]
+            kwargs[self.cache_name] = cache
+        with light_graphs(self.module):
+            normed = block.ln_attn(self._at(block.module, resid))
+            if basis is Basis.RESIDUAL:
+                return self.home(block.post_attn(_first(block.attn(normed, *args, **kwargs))))
+            grabbed: list[Tensor] = []
+            handle = block.out_proj.register_forward_pre_hook(lambda m, inputs: grabbed.append(inputs[0]))
+            try:
+                block.attn(normed, *args, **kwargs)
+            finally:
+                handle.remove()
+            return self.home(grabbed[0])
 
     def written(self, site: Site, value: Tensor, basis: Basis) -> Tensor:
         """What a site's value adds to the residual stream: itself, or head outputs through projection and post-norm."""
         if basis is Basis.RESIDUAL:
             return value
         block = self.blocks[site.layer]
-        return block.post_attn(block.out_proj(value.contiguous()))  # GPT-2's projection takes views of its input
+        with light_graphs(self.module):
+            written = block.out_proj(self._at(block.module, value).contiguous())  # GPT-2's projection takes views of its input
+            return self.home(block.post_attn(written))
 
     def transform(self, layer: int, resid: Tensor) -> Tensor:
         """What the MLP of `layer` adds to the residual stream that it reads, (..., d_model) → (..., d_model)."""
         block = self.blocks[layer]
-        return block.post_mlp(block.mlp(block.ln_mlp(resid)))
+        with light_graphs(self.module):
+            return self.home(block.post_mlp(block.mlp(block.ln_mlp(self._at(block.module, resid)))))
 
     def compute(self, site: Site, inputs: Sequence[Tensor], run: Forward, basis: Basis) -> Tensor:
         if site.kind is SiteKind.ATTN:
@@ -409,6 +457,15 @@ def _keep(run: Forward, layer: int) -> Callable[..., None]:
         run.attention[layer] = (_shared(args[1:]), rest)
 
     return hook
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """An attention argument on a device; numbers with a point, of masks and rotary tables, in a type."""
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device, dtype) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(device, dtype if value.is_floating_point() else None)
 
 
 # Which dimensions of an attention argument run over positions.
@@ -581,7 +638,7 @@ def compare(ours: Tensor, theirs: Tensor, what: str, binding: Network) -> None:
     """Raise `UnknownArchitecture` where a value composed from a model's parts is not the model's own (relative error)."""
     error = float((ours - theirs).float().norm() / theirs.float().norm().clamp_min(1e-30))
     # Half precision rounds each of the block's sums; the tolerance is in units of its last place.
-    tolerance = BINDING_TOLERANCE if binding.dtype in (torch.float32, torch.float64) else 64 * float(torch.finfo(binding.dtype).eps)
+    tolerance = BINDING_TOLERANCE if binding.precision in (torch.float32, torch.float64) else 64 * float(torch.finfo(binding.precision).eps)
     if not error <= tolerance:
         raise UnknownArchitecture(
             f"{type(binding.module).__name__}: {what} composed from its parts differs from the model by {error:.1e} "

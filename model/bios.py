@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import write_text
 from . import words
 from .pairs import Pair, encode_pairs
 from .words import Vocabulary
@@ -132,7 +133,7 @@ def _file_bios(path: Path) -> Iterator[Bio]:
             try:
                 text = line.decode("utf-8")
                 record = json.loads(text) if text.strip() else None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadBio(f"{path} line {number} is no JSON in UTF-8: {error}") from None
             if record is not None:
                 yield _bio(record, f"{path} line {number}")
@@ -179,7 +180,7 @@ def write_bios(path: str | Path, bios: Iterable[Bio]) -> int:
     lines = [
         json.dumps({"hard_text": bio.text, "profession": bio.profession, "gender": int(bio.gender)}, ensure_ascii=False) + "\n" for bio in bios
     ]
-    Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_text(Path(path), "".join(lines))
     return len(lines)
 
 

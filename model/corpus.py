@@ -99,8 +99,9 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadRecord(f'{path} line {number} is no JSON: {error.msg}; each line is an object such as {{"text": "…"}}') from None
+        except (ValueError, RecursionError) as error:
+            what = getattr(error, "msg", str(error))
+            raise BadRecord(f'{path} line {number} is no JSON: {what}; each line is an object such as {{"text": "…"}}') from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise BadRecord(f'{path} line {number} has no string "text"; each line is an object such as {{"text": "…"}}')

@@ -8,15 +8,22 @@
 
    is exact: means, scales of the bias and a centred-off mean stay in the error.
 
+A dictionary may lie on another device than the values that it takes apart (its layer's), and may be kept in another type: what comes in
+is brought to it, and what comes out goes back, to the device and in the type of what came in. Its weights may also be away, and are read
+again when they are next needed (`Shelf`).
+
 All kinds have an affine decoder. Where the input is not normalised per position the derivative of a node is its mask times
 the encoder's column, which `encoder_rows` and `encode_vjp` use; otherwise they take one batched backward pass.
 """
 
+import threading
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
-from functools import cached_property
-from typing import Any, ClassVar, Self
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -82,6 +89,34 @@ class InputTransform:
     subtract_b_dec: bool = False
 
 
+_TAKEN_AWAY = ("encode", "active", "encode_columns", "encode_at", "decode", "lift", "project", "meets", "encoder_rows", "active_rows", "encode_vjp",
+               "activate")  # fmt: skip
+"""Methods whose first argument is a tensor of values, nodes or gradients: they compute where the dictionary lies."""
+
+
+def _where_it_lies(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that takes tensors to the dictionary, and its result back to the device and type of the first of them."""
+
+    @wraps(method)
+    def taken(self: "Dictionary", first: Tensor, *rest: Any) -> Any:
+        if self.shelf is not None:
+            self.shelf.touch(self)
+        device, dtype = self.b_dec.device, self.b_dec.dtype
+        if first.device == device and first.dtype == dtype:
+            return method(self, first, *rest)
+
+        def there(value: Any) -> Any:
+            return value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
+
+        def back(value: Tensor) -> Tensor:
+            return value.to(first.device, first.dtype if value.is_floating_point() and first.is_floating_point() else None)
+
+        found = method(self, there(first), *map(there, rest))
+        return tuple(map(back, found)) if isinstance(found, tuple) else back(found)
+
+    return taken
+
+
 @dataclass(frozen=True, eq=False)
 class Dictionary(ABC):
     """A dictionary of one site; tensors are never changed in place, and nothing is remembered between calls.
@@ -89,6 +124,9 @@ class Dictionary(ABC):
     W_dec: (d_sae, d_in). b_dec: (d_in,). prepend_bos: whether it was trained on sequences that
     begin with a beginning-of-text token; None where it does not say.
     """
+
+    shelf: ClassVar["Shelf | None"] = None
+    """Where weights that are away come from; set on a dictionary itself (`Shelf.put`)."""
 
     id: str
     basis: Basis
@@ -98,15 +136,47 @@ class Dictionary(ABC):
 
     kind: ClassVar[Kind]
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name in _TAKEN_AWAY:
+            if name in vars(cls):
+                setattr(cls, name, _where_it_lies(vars(cls)[name]))
+
+    if not TYPE_CHECKING:  # a checker would take it that there is every attribute
+
+        def __getattr__(self, name: str) -> Any:
+            # Only what is not there comes here: weights that are away.
+            shelf = vars(self).get("shelf")
+            if shelf is None or not shelf.fetch(self, name):
+                raise AttributeError(f"{type(self).__name__} has no {name}")
+            return vars(self)[name]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_sae, d_in), known while the weights are away."""
+        known: tuple[int, int] | None = vars(self).get("known_shape")
+        return known or (int(self.W_dec.shape[0]), int(self.W_dec.shape[1]))
+
     @property
     def d_in(self) -> int:
         """Width of the site's value."""
-        return self.W_dec.shape[1]
+        return self.shape[1]
 
     @property
     def d_sae(self) -> int:
         """Number of features."""
-        return self.W_dec.shape[0]
+        return self.shape[0]
+
+    @property
+    def home(self) -> torch.device:
+        """The device of what is made of its directions: that of the values it takes apart, its own unless it was put elsewhere."""
+        known: torch.device | None = vars(self).get("known_home")
+        return known or self.b_dec.device
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of its tensors, those derived from them included, as they are now."""
+        return sum(value.numel() * value.itemsize for value in vars(self).values() if isinstance(value, Tensor))
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -116,22 +186,45 @@ class Dictionary(ABC):
     def active(self, x: Tensor) -> Tensor:
         """Where a node's derivative is not zero, (..., d_in) → bool (..., d_sae)."""
 
+    @_where_it_lies
     def encode_columns(self, x: Tensor, columns: Tensor) -> Tensor:
         """Node values of some features only, (..., d_in) and columns (n,) → (..., n)."""
         return self.encode(x)[..., columns]
 
+    @_where_it_lies
     def encode_at(self, x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
         """Value i is that of node index[i] at x[rows[i]]; x (n_rows, d_in), rows and index (n,) → (n,)."""
         return self.encode(x)[rows, index]
 
+    def directions(self, rows: Tensor | slice | int) -> Tensor:
+        """W_dec of some features, float32 at least, (..., d_in): on the device of `rows` (...,); of a slice, or of one (d_in,), at home."""
+        if self.shelf is not None:
+            self.shelf.touch(self)
+        if not isinstance(rows, Tensor):
+            return computed(self.W_dec[rows]).to(self.home)
+        return computed(self.W_dec[rows.to(self.W_dec.device)]).to(rows.device)
+
+    @_where_it_lies
     def decode(self, nodes: Tensor) -> Tensor:
         """b_dec + nodes · W_dec, (..., d_sae) → (..., d_in)."""
         return nodes @ self.W_dec + self.b_dec
 
+    @_where_it_lies
+    def lift(self, nodes: Tensor) -> Tensor:
+        """nodes · W_dec, a change of nodes as one of the site's value: (..., d_sae) → (..., d_in)."""
+        return nodes @ self.W_dec
+
+    @_where_it_lies
     def project(self, gradient: Tensor) -> Tensor:
         """A gradient with respect to the site's value as one with respect to its nodes, W_dec · g: (..., d_in) → (..., d_sae)."""
         return gradient @ self.W_dec.T
 
+    @_where_it_lies
+    def meets(self, size: Tensor) -> Tensor:
+        """Whether a node's direction shares a dimension with a gradient of these magnitudes, (..., d_in) ≥ 0 → bool (..., d_sae)."""
+        return size @ self.W_dec.abs().T != 0
+
+    @_where_it_lies
     def encoder_rows(self, x: Tensor, index: Tensor) -> Tensor:
         """Row r is the gradient of node index[r] with respect to x[r]; x (n, d_in), index (n,) → (n, d_in)."""
         if not len(index):
@@ -141,10 +234,12 @@ class Dictionary(ABC):
             chosen = self.encode(leaf).gather(1, index[:, None]).sum()
         return torch.autograd.grad(chosen, leaf)[0]
 
+    @_where_it_lies
     def active_rows(self, x: Tensor, index: Tensor) -> Tensor:
         """`encoder_rows` where feature index[r] is known to be active at x[r]: most kinds need not look at x then."""
         return self.encoder_rows(x, index)
 
+    @_where_it_lies
     def encode_vjp(self, x: Tensor, cotangent: Tensor) -> Tensor:
         """Row r is Σ_j cotangent[r, j] · ∂node_j/∂x at x[r]; x (n, d_in), cotangent (n, d_sae) → (n, d_in)."""
         if not len(x):
@@ -161,8 +256,75 @@ class Dictionary(ABC):
         return replace(self, **moved)
 
 
+def computed(x: Tensor) -> Tensor:
+    """Half precision is for storing: what is made of weights and directions is made in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+# --- weights that come and go ----------------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Keeps the weights of the dictionaries used last within `memory` bytes (None: all of them); the others' are read again when needed.
+
+    The one just asked for is always kept. A dictionary's kind, shape and id are known all the time.
+    """
+
+    def __init__(self, memory: int | None = None) -> None:
+        self.memory = memory
+        self.reads = 0
+        self._readers: dict[int, Callable[[], Dictionary]] = {}
+        self._here: OrderedDict[int, Dictionary] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def put(self, dictionary: "Dictionary", read: "Callable[[], Dictionary]", home: torch.device) -> None:
+        """Take charge of a dictionary, whose weights may be on `meta` until they are needed; `read` reads them."""
+        shape = dictionary.shape
+        with self._lock:
+            self._readers[id(dictionary)] = read
+            vars(dictionary).update(shelf=self, known_shape=shape, known_home=home)
+            if dictionary.b_dec.is_meta:
+                _empty(dictionary)
+            else:
+                self._here[id(dictionary)] = dictionary
+                self._make_room(dictionary)
+
+    def touch(self, dictionary: "Dictionary") -> None:
+        """Note that a dictionary is used."""
+        if self.memory is not None and id(dictionary) in self._here:
+            with self._lock:
+                if id(dictionary) in self._here:
+                    self._here.move_to_end(id(dictionary))
+
+    def fetch(self, dictionary: "Dictionary", name: str) -> bool:
+        """Read a dictionary's weights if `name` is one of its tensors and they are away; whether it is there now."""
+        if name not in {field.name for field in fields(dictionary)}:
+            return False
+        with self._lock:
+            if name not in vars(dictionary):
+                read = self._readers[id(dictionary)]()
+                vars(dictionary).update({f.name: value for f in fields(read) if isinstance(value := vars(read).get(f.name), Tensor)})
+                self.reads += 1
+                self._here[id(dictionary)] = dictionary
+                self._make_room(dictionary)
+        return name in vars(dictionary)
+
+    def _make_room(self, kept: "Dictionary") -> None:
+        if self.memory is None:
+            return
+        while len(self._here) > 1 and sum(one.n_bytes for one in self._here.values()) > self.memory:
+            oldest = next(key for key, one in self._here.items() if one is not kept)
+            _empty(self._here.pop(oldest))
+
+
+def _empty(dictionary: "Dictionary") -> None:
+    """Let a dictionary's tensors go, those derived from its weights too."""
+    for name in [name for name, value in vars(dictionary).items() if isinstance(value, Tensor)]:
+        del vars(dictionary)[name]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _SparseDictionary(Dictionary):
+class SparseDictionary(Dictionary):
     """Kinds with an encoder matrix and a mask. W_enc: (d_in, d_sae)."""
 
     W_enc: Tensor
@@ -256,7 +418,7 @@ class _SparseDictionary(Dictionary):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ReLUDictionary(_SparseDictionary):
+class ReLUDictionary(SparseDictionary):
     """relu(x·W_enc + b_enc); sae_lens calls it `standard`. b_enc: (d_sae,)."""
 
     b_enc: Tensor
@@ -268,7 +430,7 @@ class ReLUDictionary(_SparseDictionary):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class JumpReLUDictionary(_SparseDictionary):
+class JumpReLUDictionary(SparseDictionary):
     """x·W_enc + b_enc where it exceeds a threshold per feature (and 0); BatchTopK ones become these. b_enc, threshold: (d_sae,)."""
 
     b_enc: Tensor
@@ -281,7 +443,7 @@ class JumpReLUDictionary(_SparseDictionary):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class GatedDictionary(_SparseDictionary):
+class GatedDictionary(SparseDictionary):
     """exp(r_mag)·(x·W_enc) + b_mag where it and the gate x·W_enc + b_gate are positive. b_gate, b_mag, r_mag: (d_sae,)."""
 
     b_gate: Tensor
@@ -299,7 +461,7 @@ class GatedDictionary(_SparseDictionary):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TopKDictionary(_SparseDictionary):
+class TopKDictionary(SparseDictionary):
     """The k largest of x·W_enc + b_enc at a position, those above 0; of equal ones the features of lower index. b_enc: (d_sae,)."""
 
     b_enc: Tensor
@@ -334,10 +496,10 @@ def sparse_affine(dictionary: Dictionary, columns: Tensor) -> tuple[Tensor, Tens
 
     None for kinds without an encoder that is masked, and where the input is normalised per position.
     """
-    if not isinstance(dictionary, _SparseDictionary) or dictionary.input.normalisation is not Normalisation.NONE:
+    if not isinstance(dictionary, SparseDictionary) or dictionary.input.normalisation is not Normalisation.NONE:
         return None
-    rows = dictionary.encoder[columns]
-    offset = -(rows @ dictionary.b_dec) if dictionary.input.subtract_b_dec else rows.new_zeros(len(rows))
+    rows = computed(dictionary.encoder[columns.to(dictionary.W_dec.device)]).to(columns.device)
+    offset = -(rows @ dictionary.b_dec.to(rows)) if dictionary.input.subtract_b_dec else rows.new_zeros(len(rows))
     return dictionary._project(rows), offset
 
 

@@ -2,22 +2,26 @@
 
 1. A source is listed first, without reading weights: which sites it has, and under which name each is found.
 2. `build` makes a `Dictionary` of a configuration and weights as sae_lens saves them; kinds that do not fit are refused by name.
-3. `SiteDictionaries` reads a dictionary when it is first asked for, so that only those needed are ever loaded.
+3. `SiteDictionaries` reads a dictionary's configuration and shapes when it is first asked for, its weights when they are first needed.
+   With $FEATLAS_DICTIONARY_MEMORY the weights used longest ago are let go, and read again when needed.
+4. Each dictionary lies where its layer computes.
 
 Weights are read from safetensors; releases are fetched by sae_lens, which opens other formats without unpickling objects.
 """
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,17 +34,23 @@ from .dictionaries import (
     LinearDictionary,
     Normalisation,
     ReLUDictionary,
+    Shelf,
+    SparseDictionary,
     TopKDictionary,
     identity,
     per_head_linear,
 )
-from .loading import DTYPES, SMOLLM2, LoadedModel
+from .hashes import remembered
+from .loading import SMOLLM2, LoadedModel, cache_folder, dictionary_dtype
+from .placement import parse_bytes, parse_device, parse_placement, place_of
 from .sites import EMBED, OUTPUT, Basis, Site, SiteGraph, SiteKind, UnknownSite, parse_site
 
 IDENTITY, IDENTITY_HEADS, DEMO = "identity", "identity-heads", "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo_dictionaries"
+MEMORY_VARIABLE = "FEATLAS_DICTIONARY_MEMORY"
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 ID_LENGTH = 12
+_LOOKED_AT = 256 * 2**20  # bytes of a file whose numbers are looked at when its header is read
 
 REFUSED = {
     "temporal": "its decoder mixes positions, so that a feature has no one direction",
@@ -88,11 +98,35 @@ class Release:
     ids: tuple[str, ...]
 
 
-class SiteDictionaries(Mapping[Site, Dictionary]):
-    """Dictionaries by site, each loaded when it is first asked for; `sites` is in the model's order."""
+@dataclass(frozen=True)
+class Reader:
+    """Reads one dictionary: whole, or only its `outline`, with tensors on `meta`, where that can be had without the weights."""
 
-    def __init__(self, readers: Mapping[Site, Callable[[], Dictionary]], *, n_layers: int, name: str) -> None:
+    whole: Callable[[], Dictionary]
+    outline: Callable[[], Dictionary] | None = None
+
+    def __call__(self) -> Dictionary:
+        return self.whole()
+
+
+class SiteDictionaries(Mapping[Site, Dictionary]):
+    """Dictionaries by site, each opened when it is first asked for; `sites` is in the model's order.
+
+    Weights are read when they are first needed; `shelf` lets those used longest ago go where they may not all be kept.
+    """
+
+    def __init__(
+        self,
+        readers: Mapping[Site, Callable[[], Dictionary]],
+        *,
+        n_layers: int,
+        name: str,
+        home: str | torch.device = "cpu",
+        shelf: Shelf | None = None,
+    ) -> None:
         self.name = name
+        self.home = torch.device(home)
+        self.shelf = shelf or Shelf()
         self.sites = SiteGraph.of(n_layers, False, readers).sites[:-1]  # without the output
         self._readers = dict(readers)
         self._loaded: dict[Site, Dictionary] = {}
@@ -101,8 +135,20 @@ class SiteDictionaries(Mapping[Site, Dictionary]):
         if site not in self._readers:
             raise MissingDictionary(f"{self.name} has no dictionary for {site.name}: it has {_names(self.sites)}")
         if site not in self._loaded:
-            self._loaded[site] = self._readers[site]()
+            read = self._readers[site]
+            outline = read.outline if isinstance(read, Reader) else None
+            opened = (outline or read)()
+            self.shelf.put(opened, read, self.home)
+            self._loaded[site] = opened
         return self._loaded[site]
+
+    def stored_numbers(self, site: Site) -> int:
+        """How many numbers a dictionary keeps in memory once it is used: its tensors', and an encoder's once more, transposed."""
+        read = self._readers[site]
+        one = read.outline() if isinstance(read, Reader) and read.outline is not None else self[site]
+        tensors = [value for value in vars(one).values() if isinstance(value, torch.Tensor)]
+        encoder = one.d_in * one.d_sae if isinstance(one, SparseDictionary) else 0
+        return sum(value.numel() for value in tensors) + encoder
 
     def __contains__(self, site: object) -> bool:
         return site in self._readers
@@ -123,10 +169,11 @@ def load_dictionaries(
     `identity` or `identity-heads` (which need `sites`; the latter is at attn_L the identity on the heads' outputs, hook_z), or releases of
     sae_lens, `release` or `release:sae_id`, several with commas between them.
     Where a release has several for one site, the first in the release's own order is taken: name another by its id.
+    device: one device for all, or a placement, with which each lies where its layer computes. dtype: the model's type, with the dictionaries' own
+    behind a slash; without one they are in float32 (float64 with a float64 model).
     Raises `UserError`s for what is unknown, missing, refused, or not as wide as its site.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
+    kept = dictionary_dtype(dtype)
     wanted = None if sites is None else tuple(sites)
     if wanted and OUTPUT in wanted:
         raise MissingDictionary(
@@ -142,8 +189,31 @@ def load_dictionaries(
             raise UnknownSite(
                 f"{spec} has a dictionary for {site.name}, but {model.name} has layers 0 to {model.n_layers - 1}: name the sites to use"
             )
-    readers = {site: _checked(read, site, model, device, DTYPES[dtype]) for site, read in chosen.items()}
-    return SiteDictionaries(readers, n_layers=model.n_layers, name=spec)
+    places = _places(device, model, chosen)
+    readers = {site: _checked(read, site, model, places[site], kept) for site, read in chosen.items()}
+    home = places[next(iter(chosen))] if parse_placement(device).is_one_device and chosen else model.device
+    return SiteDictionaries(readers, n_layers=model.n_layers, name=spec, home=home, shelf=Shelf(_memory()))
+
+
+def _places(device: str, model: LoadedModel, sites: Mapping[Site, object]) -> dict[Site, torch.device]:
+    """Where each site's dictionary goes."""
+    placement = parse_placement(device)
+    if placement.is_one_device:
+        return dict.fromkeys(sites, parse_device(str(placement.device)))
+    from .binding import Binding
+
+    layers = Binding(model.module).layers
+    return {site: model.device if site == EMBED else place_of(layers[site.layer]) for site in sites}
+
+
+def _memory() -> int | None:
+    """How many bytes of weights of dictionaries are kept at once, as the environment says; None for all."""
+    said = os.environ.get(MEMORY_VARIABLE)
+    if not said:
+        return None
+    if (amount := parse_bytes(said)) is None:
+        raise UserError(f"${MEMORY_VARIABLE} is {said!r}, which is no amount of memory: write 512MB or 2GB, or leave it unset to keep all")
+    return amount
 
 
 def _find(spec: str, model: LoadedModel, sites: tuple[Site, ...] | None) -> dict[Site, Callable[[], Dictionary]]:
@@ -168,19 +238,20 @@ def _identity_reader(model: LoadedModel, basis: Basis) -> Callable[[], Dictionar
     return lambda: identity(site_width(model, basis), basis=basis)
 
 
-def _checked(read: Callable[[], Dictionary], site: Site, model: LoadedModel, device: str, dtype: torch.dtype) -> Callable[[], Dictionary]:
+def _checked(read: Callable[[], Dictionary], site: Site, model: LoadedModel, device: torch.device, dtype: torch.dtype) -> Reader:
     """A reader that also compares the width with the site's and moves the dictionary where it is needed."""
 
-    def checked() -> Dictionary:
-        dictionary = read()
+    def checked(how: Callable[[], Dictionary]) -> Dictionary:
+        dictionary = how()
         if dictionary.basis is Basis.HEADS and site.kind is not SiteKind.ATTN:
             raise UnsupportedDictionary(f"dictionary {dictionary.id} reads attention heads (hook_z): it fits attn_L sites, not {site.name}")
         width = site_width(model, dictionary.basis)
         if dictionary.d_in != width:
             raise WidthMismatch(f"dictionary {dictionary.id} has width {dictionary.d_in}, but {site.name} of {model.name} has width {width}")
-        return dictionary.to(device, dtype)
+        return dictionary if dictionary.b_dec.is_meta else dictionary.to(device, dtype)
 
-    return checked
+    outline = read.outline if isinstance(read, Reader) else None
+    return Reader(partial(checked, read), None if outline is None else partial(checked, outline))
 
 
 def site_width(model: LoadedModel, basis: Basis) -> int:
@@ -222,49 +293,123 @@ def _folder_readers(folder: Path) -> dict[Site, Callable[[], Dictionary]]:
     return {site: _folder_reader(path, site) for site, path in list_folder(folder).items()}
 
 
-def _folder_reader(path: Path, site: Site) -> Callable[[], Dictionary]:
-    def read() -> Dictionary:
+def _folder_reader(path: Path, site: Site) -> Reader:
+    def read(weights: Callable[[Path], dict[str, Tensor]]) -> Dictionary:
         config = _read_config(path)
         named = _hook_name(config)
         at = site_of_hook(named) if named else None
         if at is not None and at[0] != site:
             raise UnsupportedDictionary(f"{path} was trained on {at[0].name} ({named}), not on {site.name}: rename the folder")
-        return build(config, _read_weights(path), id=folder_id(path))
+        tensors = weights(path)
+        try:
+            return _sound(build(config, tensors, id=folder_id(path)), path)
+        except KeyError as error:
+            raise BrokenDictionary(f"{path}: {error} is neither in {CONFIG_FILE} nor in {WEIGHTS_FILE}, as its architecture needs it") from None
+        except (AttributeError, IndexError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise BrokenDictionary(f"{path}: {CONFIG_FILE} and {WEIGHTS_FILE} describe no dictionary: {_first(error)}") from None
 
-    return read
+    return Reader(partial(read, _read_weights), partial(read, _read_shapes))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenDictionary(f"{path / CONFIG_FILE} is no JSON: {error}") from None
+    except OSError as error:
+        raise BrokenDictionary(f"{path / CONFIG_FILE} cannot be read: {error.strerror or error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("metadata"), dict | None) or not isinstance(_hook_name(config), str | None):
+        raise BrokenDictionary(f"{path / CONFIG_FILE} is no dictionary's configuration: an object, its metadata another, its hook_name a text")
+    if not isinstance(config.get("architecture"), str | None):
+        raise BrokenDictionary(f"{path / CONFIG_FILE} names the architecture {config['architecture']!r:.40}, which is no text")
     if "metadata" in config or config.get("architecture") in _LINEAR:
         return config
     # Before version 6 the configuration was flat; sae_lens knows all of its former names.
     from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
 
-    return handle_config_defaulting(config)
+    try:
+        return handle_config_defaulting(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BrokenDictionary(f"{path / CONFIG_FILE} is no configuration that sae_lens knows: {_first(error)}") from None
+
+
+def _first(error: Exception) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+def _sound(dictionary: Dictionary, path: Path) -> Dictionary:
+    """The dictionary, whose tensors fit each other and hold numbers. Raises `BrokenDictionary`."""
+    if dictionary.W_dec.ndim != 2 or not all(dictionary.W_dec.shape):
+        raise BrokenDictionary(f"{path}: W_dec is {_sizes(dictionary.W_dec)}: a matrix of (d_sae, d_in) is needed")
+    d_sae, d_in = dictionary.shape
+    expected = {"W_dec": (d_sae, d_in), "W_enc": (d_in, d_sae), "b_dec": (d_in,)}
+    for name, value in vars(dictionary).items():
+        if not isinstance(value, Tensor):
+            continue
+        if tuple(value.shape) != expected.get(name, (d_sae,)):
+            raise BrokenDictionary(f"{path}: {name} is {_sizes(value)}, and W_dec {_sizes(dictionary.W_dec)}: they are of no one dictionary")
+        if not value.is_meta:
+            _check_finite(path, name, value)
+    if isinstance(dictionary, TopKDictionary) and not 1 <= dictionary.k <= d_sae:
+        raise BrokenDictionary(f"{path}: k is {dictionary.k}, of {d_sae} features")
+    return dictionary
+
+
+def _check_finite(path: Path, name: str, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise BrokenDictionary(f"{path}: {name} holds numbers that are not finite: its training failed, or the file is damaged")
+
+
+def _sizes(tensor: Tensor) -> str:
+    return " × ".join(map(str, tensor.shape)) or "a single number"
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    return _from_file(path, load_file)
+
+
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read_shapes(path: Path) -> dict[str, Tensor]:
+    """The weights as tensors on `meta`, from the file's header; the numbers of a file that is not large are looked at."""
+
+    def shapes(file: Path) -> dict[str, Tensor]:
+        with safe_open(file, "pt") as stored:
+            parts = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            if file.stat().st_size <= _LOOKED_AT:  # before anything is written about a run; larger ones when their weights are read
+                for name in parts:
+                    _check_finite(path, name, stored.get_tensor(name))
+            return {name: torch.empty(part.get_shape(), dtype=_STORED.get(part.get_dtype()), device="meta") for name, part in parts.items()}
+
+    return _from_file(path, shapes)
+
+
+def _from_file(path: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
     file = path / WEIGHTS_FILE
     if not file.exists():
         raise BrokenDictionary(f"{path} has no {WEIGHTS_FILE}: dictionaries are read from safetensors only")
     try:
-        return load_file(file)
+        return read(file)
     except SafetensorError as error:
         raise BrokenDictionary(f"{file} is no safetensors file: {error}") from None
+    except OSError as error:
+        raise BrokenDictionary(f"{file} cannot be read: {error.strerror or error}") from None
 
 
 def folder_id(path: Path) -> str:
-    """First 12 hex digits of the sha256 over a dictionary's configuration and weights."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if (path / name).exists():
-            with (path / name).open("rb") as stream:
+    """First 12 hex digits of the sha256 over a dictionary's configuration and weights; of large files it is remembered."""
+    files = [path / name for name in (CONFIG_FILE, WEIGHTS_FILE) if (path / name).exists()]
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:ID_LENGTH]
+        return digest.hexdigest()
+
+    return remembered(files, read, cache_folder(), "dictionary")[:ID_LENGTH]
 
 
 def _hook_name(config: Mapping[str, Any]) -> str | None:
@@ -496,7 +641,8 @@ def _jumprelu(config: Mapping[str, Any], tensors: dict[str, Tensor], common: dic
 def _batchtopk(config: Mapping[str, Any], tensors: dict[str, Tensor], common: dict[str, Any]) -> Dictionary:
     """As saved in training: the threshold that stands for the batch's k, the same for all features."""
     b_enc = tensors["b_enc"]
-    return JumpReLUDictionary(**common, b_enc=b_enc, threshold=torch.full_like(b_enc, float(tensors["topk_threshold"])))
+    threshold = tensors["topk_threshold"].to(b_enc).reshape(1).repeat(len(b_enc))
+    return JumpReLUDictionary(**common, b_enc=b_enc, threshold=threshold)
 
 
 def _linear(config: Mapping[str, Any], tensors: dict[str, Tensor], id: str) -> Dictionary:

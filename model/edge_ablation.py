@@ -211,10 +211,10 @@ class EdgeAblation:
         error = whole - dictionary.decode(features) - base.error
         change = (own_delta - delta) * listed[..., :-1]
         error_change = -error if self.errors is Errors.DEAD else (own_error - error) * listed[..., -1:]
-        value = whole + change @ dictionary.W_dec[state.columns] + error_change
+        value = whole + change @ dictionary.directions(state.columns) + error_change
         if self.errors is Errors.KEPT:
             own_error = error
-        circuit = batch.base_values[site] + own_delta @ dictionary.W_dec[state.columns] + own_error
+        circuit = batch.base_values[site] + own_delta @ dictionary.directions(state.columns) + own_error
         assert state.value is not None
         state.value[chosen] = torch.where(flip, value, circuit)
         state.delta[chosen] = torch.where(flip, delta + change, own_delta)

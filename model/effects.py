@@ -299,7 +299,8 @@ class _FullModel:
                         at = tuple(place.T)
                         own = place[:, 0].to(some.device)
                         moved = lost[at] if mixes else lost[at][:, None]  # (rows, pos or 1) and for errors the width
-                        write = moved if of_error else moved[..., None] * clean.dictionaries[parent].W_dec[sources[some[own], 1].to(device)][:, None]
+                        column = sources[some[own], 1].to(device)
+                        write = moved if of_error else moved[..., None] * clean.dictionaries[parent].directions(column)[:, None]
                         first = cells[at[:2]].int().argmax(dim=-1) if mixes else at[2]
                         values = self._evaluated(function, parent, write, at[1:])
                         yield _Rows(values, some.to(device)[place[:, 0]], at[1], first, mixes)
@@ -345,7 +346,7 @@ class _FullModel:
             per_row = 4 * (clean.length - start) * 24 * clean.binding.d_model + 8 * clean.length * clean.binding.d_model * tail.n_layers
             for some in portions((first == start).nonzero().flatten(), max(1, self.memory // 4 // per_row)):
                 moved = change[some, start:]
-                write = moved if moved.ndim == 3 else moved[..., None] * dictionary.W_dec[node[some]][:, None]
+                write = moved if moved.ndim == 3 else moved[..., None] * dictionary.directions(node[some])[:, None]
                 yield some, tail(clean.values[site][sequence[some], start:] + write, sequence[some], start)
 
     def _measured(self, ends: Tensor, sequence: Tensor) -> dict[Metric, Tensor]:

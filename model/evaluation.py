@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .binding import Binding, Patch, bind, capture_sites
-from .dictionaries import Dictionary
+from .dictionaries import Dictionary, computed
 from .dictionary_sources import SiteDictionaries
 from .loading import LoadedModel
 from .sites import Basis, Site, SiteKind
@@ -148,7 +148,7 @@ class _Sums:
     def add(self, value: Tensor) -> None:
         """Count the positions of one batch, (batch, pos, width)."""
         kept = usual_positions(value)
-        x = value[kept].to(self.dictionary.W_dec.dtype)  # (n, width)
+        x = computed(value[kept])  # (n, width)
         with torch.no_grad():
             nodes = self.dictionary.encode(x)
             error = (x - self.dictionary.decode(nodes)).double()
@@ -185,7 +185,7 @@ def usual_positions(value: Tensor) -> Tensor:
 
 def _spliced(dictionary: Dictionary) -> Patch:
     def patch(value: Tensor) -> Tensor:
-        rebuilt = dictionary.decode(dictionary.encode(value.to(dictionary.W_dec.dtype))).to(value.dtype)
+        rebuilt = dictionary.decode(dictionary.encode(value))
         return torch.where(usual_positions(value)[..., None], rebuilt, value)
 
     return patch

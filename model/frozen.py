@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .binding import Binding, Network, UnknownArchitecture
+from .placement import place_of
 from .weights import linear_norm
 
 
@@ -47,10 +48,10 @@ def _linear(module: nn.Module, width: int) -> Callable[[nn.Module, tuple[Tensor,
     norm = linear_norm(module, width)
     parameter = next(module.parameters())
     with torch.no_grad():
-        bias = module(torch.zeros(1, width, device=parameter.device, dtype=parameter.dtype))
+        bias = module(torch.zeros(1, width, device=place_of(module), dtype=parameter.dtype))
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        linear = norm(inputs[0])
+        linear = norm(inputs[0].to(output.device))
         at, value = linear.detach(), output.detach()
         # The scale is read off the output: no need to know which norm it is, nor its ε.
         scale = ((value - bias) * at).sum(-1, keepdim=True) / (at * at).sum(-1, keepdim=True).clamp_min(torch.finfo(at.dtype).tiny)

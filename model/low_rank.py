@@ -108,6 +108,8 @@ def low_rank(function: LocalFunction, run: Forward, sample: Tensor) -> LowRank |
     site, graph, binding = function.target, function.graph, function.binding
     if not isinstance(binding, Binding):  # layers of other models are run as they are
         return None
+    if not all(binding.is_home(s.layer) for s in (site, *function.parents) if s.layer >= 0):  # so are blocks of which a part lies elsewhere
+        return None
     inputs = graph.architectural_parents(site)
     heads = [s for s in function.parents if function.bases.get(s, Basis.RESIDUAL) is Basis.HEADS]
     if function.site == OUTPUT or any(s not in function.parents and s not in function.constants for s in inputs):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import write_text
 
 _REQUIRED = ("clean", "corrupt", "answer", "wrong_answer")
 _OPTIONAL = ("task", "label")
@@ -228,7 +229,7 @@ def _batch(group: list[_Member]) -> PairBatch:
 def write_pairs(path: str | Path, pairs: Iterable[Pair]) -> int:
     """Writes one JSON object a line, as `read_pairs` reads them; returns how many."""
     lines = [json.dumps({k: v for k, v in asdict(pair).items() if v is not None}, ensure_ascii=False) + "\n" for pair in pairs]
-    Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
+    write_text(Path(path), "".join(lines))
     return len(lines)
 
 

@@ -307,7 +307,7 @@ class Inputs:
         if self.form is None:
             return None
         directions = torch.cat([
-            self.form.directions(parent, self.clean.dictionaries[parent].W_dec[state.columns])
+            self.form.directions(parent, self.clean.dictionaries[parent].directions(state.columns))
             for parent, state in zip(self.function.parents, self.states, strict=True)
         ])  # fmt: skip
         return self.form.rows(directions) if n_rows > 2 * len(directions) else directions
@@ -335,7 +335,7 @@ class Inputs:
         affine = sparse_affine(self.clean.dictionaries[self.site], self.node)
         assert affine is not None
         directions = [
-            self.form.directions(parent, self.clean.dictionaries[parent].W_dec[state.columns])
+            self.form.directions(parent, self.clean.dictionaries[parent].directions(state.columns))
             for parent, state in zip(self.function.parents, self.states, strict=True)
         ]
         weight, offset = affine  # (n, d_model), (n,)
@@ -425,7 +425,7 @@ class Inputs:
         used = coefficients.flatten(0, 1).any(dim=0).nonzero().flatten()
         if not len(used):
             return coefficients.new_zeros(1)
-        return linear(coefficients[..., used], self.clean.dictionaries[parent].W_dec[state.columns[used]].T)
+        return linear(coefficients[..., used], self.clean.dictionaries[parent].directions(state.columns[used]).T)
 
     def _picked(self, tensor: Tensor, variant: Tensor, at: tuple[Tensor, ...]) -> Tensor:
         """Entries of a state's tensor (classes, batch, pos, n) for places: (R, pos or 1, n)."""

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import FeatlasError, UserError
+from ..files import whole
 from .binding import Binding, capture_sites
 from .sites import Basis, Site
 from .targets import PROBE_SUFFIX, ProbeTarget
@@ -126,7 +127,8 @@ def save_probe(probe: ProbeTarget, path: str | Path) -> None:
     if not str(path).endswith(PROBE_SUFFIX):
         raise BadTraining(f"a probe is saved in a {PROBE_SUFFIX} file, by which it is known as one: not in {path}")
     metadata = {"site": probe.site.name, "name": probe.label, "position": str(probe.pos), "basis": probe.basis.value}
-    save_file({"weight": probe.weight.cpu().contiguous(), "bias": probe.bias.cpu().reshape(1)}, path, metadata=metadata)
+    with whole(Path(path)) as part:
+        save_file({"weight": probe.weight.cpu().contiguous(), "bias": probe.bias.cpu().reshape(1)}, part, metadata=metadata)
 
 
 def probe_accuracy(probe: ProbeTarget, values: Tensor, labels: Sequence[int], groups: Sequence[str]) -> pl.DataFrame:

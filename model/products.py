@@ -39,12 +39,13 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.weight = inputs[1]
+    ctx.save_for_backward(inputs[1])  # by torch's way, that a weight which rests elsewhere may be fetched again
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     # Weights are never trained here.
-    return product(gradient, ctx.weight.t()), None
+    (weight,) = ctx.saved_tensors
+    return product(gradient, weight.t()), None
 
 
 product.register_autograd(_backward, setup_context=_save)
@@ -69,12 +70,12 @@ class _FastProducts(TorchFunctionMode):
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype == weight.dtype == torch.float32 and not weight.requires_grad and weight.ndim == 2
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not weight.requires_grad and weight.ndim == 2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias by the fastest kernel (torch's own where gradients are wanted): x (..., K), weight (N, K), bias (N,) → (..., N)."""
-    if x.device.type != "cpu" or not _fits(x, weight) or x.requires_grad or not x.numel() or not onednn_is_faster():
+    if not _fits(x, weight) or x.requires_grad or not x.numel() or not onednn_is_faster():
         return torch.nn.functional.linear(x, weight, bias)
     out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
     return out.view(*x.shape[:-1], weight.shape[0])

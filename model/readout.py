@@ -120,7 +120,7 @@ class Reader:
         assert isinstance(dictionary, TopKDictionary)
         assert known is not None  # it screens only then
         weight, offset = self._weights(output)
-        b_enc = dictionary.b_enc
+        b_enc = dictionary.b_enc.to(offset)
         values = self._pairs(x, row, node, weight, offset) + b_enc[node]
         nodes = torch.zeros_like(values)
         left = (values > 0).nonzero().flatten()

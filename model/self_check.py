@@ -64,8 +64,8 @@ class _Seen:
 @torch.no_grad()
 def self_check(binding: Binding) -> list[Measured]:
     """Every comparison, in order. Nothing is raised for a model that is seen wrong: the errors say so."""
-    half = binding.dtype not in (torch.float32, torch.float64)
-    allowed = 64 * float(torch.finfo(binding.dtype).eps) if half else TOLERANCE
+    half = binding.precision not in (torch.float32, torch.float64)
+    allowed = 64 * float(torch.finfo(binding.precision).eps) if half else TOLERANCE
     seen = _look(binding)
     checks: tuple[tuple[str, Callable[[_Seen], Iterator[tuple[float, str]]]], ...] = (
         ("reading", _reading), ("blocks", _blocks), ("output head", _head), ("attention heads", _heads), ("writing", _writing),
@@ -91,7 +91,7 @@ def _look(binding: Binding) -> _Seen:
 
 def _logits(binding: Binding, tokens: Tensor) -> Tensor:
     """The model's own logits at the last position, (batch, vocab), by no code of ours."""
-    return binding.module(input_ids=tokens.to(binding.device), use_cache=False).logits[:, -1]
+    return binding.home(binding.module(input_ids=tokens.to(binding.device), use_cache=False).logits[:, -1])
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:

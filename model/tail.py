@@ -36,7 +36,7 @@ class CleanRun:
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of every position, each (batch, key-value heads, pos, head_dim), rotation included."""
         if layer not in self._keys:
-            with torch.no_grad(), torch.autocast(self.binding.device.type, enabled=False):
+            with torch.no_grad(), self.binding.autocast(None):
                 self._keys[layer] = self._recorded(layer)
         return self._keys[layer]
 
@@ -83,7 +83,7 @@ class Prefix:
 
     def _joined(self, clean: Tensor, new: Tensor) -> Tensor:
         prefix = clean[:, :, : self.start]
-        prefix = prefix.expand(len(new), -1, -1, -1) if len(clean) == 1 else prefix[self.sequence]
+        prefix = prefix.expand(len(new), -1, -1, -1) if len(clean) == 1 else prefix[self.sequence.to(prefix.device)]
         return torch.cat([prefix.to(new.dtype), new], dim=2)
 
 

@@ -43,6 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import FeatlasError, UserError
+from ..files import whole, write_text
 from .binding import Binding, bind, capture_sites
 from .corpus import prompt_tokens, read_texts, token_blocks
 from .loading import LoadedModel
@@ -185,7 +186,7 @@ def plan_training(model: LoadedModel, corpus: str | Path, options: TrainingOptio
     path = folder / "training.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(path, json.dumps(plan, indent=1) + "\n")
+        write_text(path, json.dumps(plan, indent=1) + "\n")
         return
     begun = json.loads(path.read_text(encoding="utf-8"))
     different = sorted(key for key in plan if begun.get(key) != plan[key])
@@ -226,13 +227,6 @@ def corpus_digest(corpus: str | Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 def _is_finished(folder: Path) -> bool:
     return (folder / CONFIG_FILE).exists() and (folder / WEIGHTS_FILE).exists()
 
@@ -271,9 +265,8 @@ def capture_activations(model: LoadedModel, sequences: Iterator[Tensor], work: P
     while group := list(islice(sequences, SHARD_SEQUENCES)):
         path = work / f"{number:05d}.safetensors"
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            save_file(_shard(binding, group, number * SHARD_SEQUENCES, options), partial)
-            partial.replace(path)
+            with whole(path) as part:
+                save_file(_shard(binding, group, number * SHARD_SEQUENCES, options), part)
         number += 1
         done += sum(len(sequence) for sequence in group)
         report(Progress("capture", min(done, options.tokens), options.tokens))

@@ -439,7 +439,7 @@ class _UnitAblation:
         columns = torch.arange(len(state.columns), device=row.device)
         change = state.delta[row.transpose(1, 2)[..., state.slot], columns]  # (R, pos or 1, C)
         used = change.flatten(0, 1).any(dim=0).nonzero().flatten()
-        return linear(change[..., used], self.batch.clean.dictionaries[parent].W_dec[state.columns[used]].T)
+        return linear(change[..., used], self.batch.clean.dictionaries[parent].directions(state.columns[used]).T)
 
 
 def _picked(tensor: Tensor, at: tuple[Tensor, ...], mixes: bool) -> Tensor:

@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .binding import Binding, Block, Forward, UnknownArchitecture
 from .dictionaries import Dictionary, IdentityDictionary, LinearDictionary, Normalisation
+from .dictionaries import computed as computed
+from .placement import place_of, tensor_of
 from .sites import Basis, Site
 
 WEIGHTS_TOLERANCE = 1e-4
@@ -62,7 +64,8 @@ class LinearNorm:
         linear = self(x)
         if self.gain is None:
             return torch.ones_like(linear[..., :1])
-        output = module(x) - module(torch.zeros_like(x[:1]))
+        own = x.to(place_of(module), next(module.parameters()).dtype)
+        output = (module(own) - module(torch.zeros_like(own[:1]))).to(x)
         return (output * linear).sum(-1, keepdim=True) / (linear * linear).sum(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
@@ -132,22 +135,24 @@ class MLPWeights:
 
 
 def _affine(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    out = x @ weight.T
-    return out if bias is None else out + bias
+    """x · weightᵀ + bias in x's type, in which the factors are kept: those of a model in half precision are float32."""
+    out = x @ weight.to(x).T
+    return out if bias is None else out + bias.to(x)
 
 
 # ---- 1. norms
 
 
 @torch.no_grad()
-def linear_norm(module: nn.Module, width: int) -> LinearNorm:
-    """The linear part of a norm on vectors of `width`; an `Identity` has none. Raises `UnknownArchitecture` for what is no norm with a gain.
+def linear_norm(module: nn.Module, width: int, device: torch.device | None = None) -> LinearNorm:
+    """The linear part of a norm on vectors of `width`, on `device`, where the norm itself is unless given; an `Identity` has none.
 
+    Raises `UnknownArchitecture` for what is no norm with a gain.
     Families store the gain itself or its difference from 1, and centre or do not: the one of the four that the module computes is taken.
     """
     if isinstance(module, nn.Identity):
         return LinearNorm()
-    weight = getattr(module, "weight", None)
+    weight = tensor_of(module, "weight")
     if isinstance(weight, Tensor) and weight.shape == (width,):
         probe = _probe(3, width, like=weight)
         for gain in (weight, 1 + weight):
@@ -155,7 +160,7 @@ def linear_norm(module: nn.Module, width: int) -> LinearNorm:
                 norm = LinearNorm(gain, centred)
                 expected = norm.scale(module, probe) * norm(probe) + module(torch.zeros_like(probe))
                 if _error(expected, module(probe)) <= _tolerance(weight):
-                    return norm
+                    return LinearNorm(gain.to(device or gain.device), centred)
     raise UnknownArchitecture(f"{type(module).__name__} is no LayerNorm or RMSNorm with a gain of {width} numbers: its linear part is not known")
 
 
@@ -188,22 +193,23 @@ def attention_weights(binding: Binding, layer: int, run: Forward | None = None) 
     `run` lends the attention's arguments for two positions (`probe_run`).
     """
     block = binding.blocks[layer]
-    args, kwargs = (run or probe_run(binding)).attention[layer]
+    args, kwargs = binding.arguments(layer, run or probe_run(binding))
     queries, keys, values = (p.repeated(binding.n_heads) for p in _projections(block.attn, binding))
-    W_out, b_out = matrix(block.out_proj)  # (d_model, n_heads * head_dim)
+    W_out, b_out = matrix(block.out_proj, binding.device)  # (d_model, n_heads * head_dim)
     W_O = W_out.view(binding.d_model, binding.n_heads, -1).transpose(0, 1)  # (n_heads, d_model, head_dim)
     output, heads = _attend_plainly(block, _probe(2, binding.d_model, like=W_out), args, kwargs)
+    output, heads = output.to(W_out.device), heads.to(W_out.device)
     ours = _expected_heads(block.attn, _probe(2, binding.d_model, like=W_out), (queries, keys, values))
     _compare(ours, heads, f"attention of layer {layer}, its heads", block.attn)
     _compare(_affine(W_out, b_out, ours), output, f"attention of layer {layer}, its output", block.attn)
-    q_gain, k_gain = (_head_gain(block.attn, name, binding.head_dim) for name in ("q_norm", "k_norm"))
+    q_gain, k_gain = (_head_gain(block.attn, name, binding) for name in ("q_norm", "k_norm"))
     return AttentionWeights(
         W_Q=_with_gain(queries.weight, q_gain),
         W_K=_with_gain(keys.weight, k_gain),
         W_V=values.weight,
         W_O=W_O,
-        norm=linear_norm(block.ln_attn, binding.d_model),
-        post=linear_norm(block.post_attn, binding.d_model),
+        norm=linear_norm(block.ln_attn, binding.d_model, binding.device),
+        post=linear_norm(block.post_attn, binding.d_model, binding.device),
     )
 
 
@@ -211,12 +217,12 @@ def _projections(attn: nn.Module, binding: Binding) -> tuple[_Projection, _Proje
     """Queries, keys and values by the family's layout."""
     width, heads = binding.head_dim, binding.n_heads
     if isinstance(fused := getattr(attn, "query_key_value", None), nn.Module):  # GPT-NeoX: per head its query, key and value
-        weight, bias = matrix(fused)
+        weight, bias = matrix(fused, binding.device)
         weights = _shaped(weight, (heads, 3, width, binding.d_model), attn).unbind(1)
         biases = (None,) * 3 if bias is None else bias.view(heads, 3, width).unbind(1)
         return _three(weights, biases)
     if isinstance(fused := getattr(attn, "c_attn", None), nn.Module):  # GPT-2: all queries, all keys, all values
-        weight, bias = matrix(fused)
+        weight, bias = matrix(fused, binding.device)
         weights = _shaped(weight, (3, heads, width, binding.d_model), attn).unbind(0)
         biases = (None,) * 3 if bias is None else bias.view(3, heads, width).unbind(0)
         return _three(weights, biases)
@@ -225,7 +231,7 @@ def _projections(attn: nn.Module, binding: Binding) -> tuple[_Projection, _Proje
         module = getattr(attn, name, None)
         if not isinstance(module, nn.Module):
             raise UnknownArchitecture(f"{type(attn).__name__} has no {name}, query_key_value or c_attn: its queries, keys and values are not known")
-        weight, bias = matrix(module)
+        weight, bias = matrix(module, binding.device)
         n = len(weight) // width
         if heads % max(n, 1):
             raise UnknownArchitecture(f"{type(attn).__name__}: {n} heads in {name} do not divide {heads} heads")
@@ -244,19 +250,21 @@ def _shaped(weight: Tensor, shape: tuple[int, ...], owner: nn.Module) -> Tensor:
     return weight.reshape(shape)
 
 
-def matrix(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(out, in) and bias of a linear module; GPT-2's `Conv1D` keeps its weight as (in, out)."""
-    weight: Any = getattr(module, "weight", None)
-    bias: Any = getattr(module, "bias", None)
+def matrix(module: nn.Module, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
+    """(out, in) and bias of a linear module, on `device`, where they are unless given; GPT-2's `Conv1D` keeps its weight as (in, out)."""
+    weight: Any = tensor_of(module, "weight")
+    bias: Any = tensor_of(module, "bias")
     if not isinstance(module, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise UnknownArchitecture(f"{type(module).__name__} is no plain linear layer: its weights cannot be read as a matrix")
+    if device is not None:
+        weight, bias = weight.to(device), None if bias is None else bias.to(device)
     return (weight.T if isinstance(module, Conv1D) else weight), bias
 
 
-def _head_gain(attn: nn.Module, name: str, width: int) -> Tensor | None:
+def _head_gain(attn: nn.Module, name: str, binding: Binding) -> Tensor | None:
     """The gain of a norm of each head's queries or keys (Qwen3, Gemma-3)."""
     module = getattr(attn, name, None)
-    return linear_norm(module, width).gain if isinstance(module, nn.Module) else None
+    return linear_norm(module, binding.head_dim, binding.device).gain if isinstance(module, nn.Module) else None
 
 
 def _with_gain(weight: Tensor, gain: Tensor | None) -> Tensor:
@@ -277,7 +285,7 @@ def _attend_plainly(block: Block, x: Tensor, args: tuple[Any, ...], kwargs: dict
     grabbed: list[Tensor] = []
     handle = block.out_proj.register_forward_pre_hook(lambda module, inputs: grabbed.append(inputs[0]))
     try:
-        output = block.attn(x[None], *args, **kwargs)
+        output = block.attn(x[None].to(place_of(block.module)), *args, **kwargs)
     finally:
         handle.remove()
     output = output[0] if isinstance(output, tuple) else output
@@ -287,7 +295,8 @@ def _attend_plainly(block: Block, x: Tensor, args: tuple[Any, ...], kwargs: dict
 def _expected_heads(attn: Any, x: Tensor, projections: tuple[_Projection, ...]) -> Tensor:
     """What the matrices give for the second position's heads of x (2, d_model), (n_heads * head_dim,)."""
     q, k, v = (projection(x) for projection in projections)  # (n_heads, 2, head_dim)
-    q, k = (norm(part) if isinstance(norm := getattr(attn, name, None), nn.Module) else part for name, part in (("q_norm", q), ("k_norm", k)))
+    named = (("q_norm", q), ("k_norm", k))
+    q, k = (norm(part.to(place_of(norm))).to(part) if isinstance(norm := getattr(attn, name, None), nn.Module) else part for name, part in named)
     scores = (q[:, 1:] @ k.transpose(1, 2)) * attn.scaling  # (n_heads, 1, 2)
     if cap := getattr(attn, "attn_logit_softcapping", None):
         scores = torch.tanh(scores / cap) * cap
@@ -310,17 +319,18 @@ def mlp_weights(binding: Binding, layer: int) -> MLPWeights:
     if names is None or act is None:
         known = " or ".join(str(n[0]) for n in _MLP_NAMES)
         raise UnknownArchitecture(f"{type(mlp).__name__} has no part {known} with an activation: its matrices are not known")
-    W_in, b_in = matrix(getattr(mlp, str(names[0])))
-    W_gate, b_gate = matrix(getattr(mlp, names[1])) if names[1] else (None, None)
-    W_out, b_out = matrix(getattr(mlp, str(names[2])))
-    norm, post = linear_norm(block.ln_mlp, binding.d_model), linear_norm(block.post_mlp, binding.d_model)
+    home = binding.device
+    W_in, b_in = matrix(getattr(mlp, str(names[0])), home)
+    W_gate, b_gate = matrix(getattr(mlp, names[1]), home) if names[1] else (None, None)
+    W_out, b_out = matrix(getattr(mlp, str(names[2])), home)
+    norm, post = linear_norm(block.ln_mlp, binding.d_model, home), linear_norm(block.post_mlp, binding.d_model, home)
     weights = MLPWeights(W_in, W_out, b_in, W_gate, b_gate, act, norm, post, b_out)
     x = _probe(4, binding.d_model, like=W_out)
     inner = _affine(W_in, b_in, x)
     if _error(act(inner[..., :1]), act(inner)[..., :1]) > _tolerance(inner):
         raise UnknownArchitecture(f"{type(mlp).__name__}: {type(act).__name__} does not work element by element: this MLP is not supported")
     inner = act(inner) if W_gate is None else act(_affine(W_gate, b_gate, x)) * inner
-    _compare(_affine(W_out, b_out, inner), mlp(x[None])[0], f"MLP of layer {layer}", mlp)
+    _compare(_affine(W_out, b_out, inner), mlp(x[None].to(place_of(mlp)))[0].to(home), f"MLP of layer {layer}", mlp)
     return weights
 
 
@@ -344,16 +354,15 @@ def read_directions(dictionary: Dictionary, rows: slice = slice(None)) -> Tensor
     fixed: the node is s · a(x / s), so that the scale drops out. Biases and thresholds have no part in it.
     """
     if isinstance(dictionary, IdentityDictionary):
-        return computed(dictionary.W_dec[rows])
+        return dictionary.directions(rows)
     sparse: Any = dictionary  # both other kinds have an encoder's matrix
     directions = computed(sparse.W_enc[:, rows].T)
-    if isinstance(dictionary, LinearDictionary):
-        return directions
-    if sparse.gain is not None:
-        directions = directions * sparse.gain[rows][:, None]
-    if sparse.input.centred or sparse.input.normalisation is Normalisation.LAYER_NORM:
-        directions = directions - directions.mean(dim=-1, keepdim=True)
-    return directions
+    if not isinstance(dictionary, LinearDictionary):
+        if sparse.gain is not None:
+            directions = directions * sparse.gain[rows][:, None]
+        if sparse.input.centred or sparse.input.normalisation is Normalisation.LAYER_NORM:
+            directions = directions - directions.mean(dim=-1, keepdim=True)
+    return directions.to(dictionary.home)
 
 
 def write_directions(
@@ -363,17 +372,12 @@ def write_directions(
 
     Features on head outputs go through W_O and the linear part of the post-norm, if any, times its `scale`.
     """
-    written = computed(dictionary.W_dec[rows])
+    written = dictionary.directions(rows)
     if dictionary.basis is Basis.RESIDUAL:
         return written
     weights = attention(site.layer)
     heads = written.view(len(written), weights.n_heads, -1)  # (n, n_heads, head_dim)
     return weights.post(torch.einsum("nhe,hde->nd", heads, computed(weights.W_O))) * scale
-
-
-def computed(x: Tensor) -> Tensor:
-    """Half precision is for storing: what is made of weights and directions is made in float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ---- checking

@@ -1,16 +1,19 @@
 """The commands that made what an atlas holds, as far as its manifests tell, and those that go on from it."""
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..queries.contents import SETTINGS, flags_of
+from ..queries.kept_files import run_options
 from ..queries.samples import SampleStore
 from ..queries.subgraphs import STRONGEST_ON_OUTPUT, RunRow
 
-_OPTIONS = ("model", "dictionaries", "task", "limit", "seed", "sites")
-_SETTINGS = ("metric", "baseline", "steps", "threshold", "max_edges", "positions")
-_DEFAULTS: Mapping[str, object] = {"seed": 0, "baseline": "counterfactual", "positions": "sum", "metric": "logit_diff"}
+_OPTIONS = ("model", "dictionaries", "task", "limit", "seed", "sites", "dtype", "statistics_run", "target")
+_DEFAULTS: Mapping[str, object] = {
+    "seed": 0, "baseline": "counterfactual", "positions": "sum", "metric": "logit_diff", "dtype": "float32", "first_factor": "exact",
+    "tolerance": 0.02, "noise_scale": 1.0,
+}  # fmt: skip
 
 
 def _place(atlas: Path) -> list[str]:
@@ -34,9 +37,10 @@ def commands_of(atlas: Path, runs: Iterable[RunRow]) -> list[str]:
     for run in runs:
         manifest = atlas / "runs" / f"{run.key}.json"
         if manifest.exists():
-            options = json.loads(manifest.read_text(encoding="utf-8")).get("options", {})
-            settings = options.get("settings", {})
-            said.append(shlex.join(["featlas", "ingest", "edges", *_options(options, _OPTIONS), *_options(settings, _SETTINGS), *_place(atlas)]))
+            options = run_options(atlas, run.key)
+            settings = options.get("settings") or {}
+            words = [*_options(options, _OPTIONS), *_options(settings, SETTINGS), *flags_of(options)]
+            said.append(shlex.join(["featlas", "ingest", "edges", *words, *_place(atlas)]))
     samples = SampleStore(atlas, read_only=True).runs()
     return said + [shlex.join(["featlas", "ingest", "samples", "--task", run.source, *_place(atlas)]) for run in samples]
 

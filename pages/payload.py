@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from ..analysis.circuits import (
@@ -20,10 +21,9 @@ from ..analysis.circuits import (
     Path,
     Selection,
     read_circuit,
-    run_candidates,
     run_circuit,
+    strongest_candidates,
     strongest_paths,
-    threshold_for,
     top_nodes,
 )
 from ..analysis.summary import task_summary
@@ -215,13 +215,8 @@ def circuit_page(
 
 def _cut(source: PageSource, run: RunRow, selection: Selection, n_edges: int, *, exact: bool) -> tuple[Circuit, int]:
     """(circuit, edges to choose from). Without a threshold of its own the strongest `n_edges`, then pruned."""
-    candidates = run_candidates(source.store, run, selection)
-    rows = candidates.edges
-    least = selection.threshold if exact else threshold_for(rows, n_edges)
-    if not exact:
-        selection = Selection(**{**{name: getattr(selection, name) for name in selection.__dataclass_fields__}, "threshold": least})
-    chosen = (rows["strength"] >= least) & (rows["strength"] > 0)
-    return candidates.circuit(chosen.to_numpy(), selection), rows.height
+    candidates, selection, n_candidates = strongest_candidates(source.store, run, selection, None if exact else n_edges)
+    return candidates.circuit(np.ones(candidates.edges.height, dtype=bool), selection), n_candidates
 
 
 def _cut_settings(cut: Circuit, circuit: str | None, n_candidates: int) -> Page:

@@ -25,7 +25,7 @@ from ..queries.library import run_query
 from ..queries.matches import list_matchings, read_matches, read_site_pairs
 from ..queries.pages import block_members, chosen_blocks, nodes_of, partitions_of, swept
 from ..queries.partitions import stored_parcellations
-from ..queries.series import list_series, read_series
+from ..queries.series import complete, list_series, read_series
 from ..queries.statistics import StatisticsStore
 from ..queries.subgraphs import find_run
 from .features import named
@@ -272,7 +272,7 @@ def series_of(source: PageSource) -> list[Page]:
 
 def series_page(source: PageSource, series: str) -> Page:
     """A series: its models, its exhibits, its settings. Raises `NoSeries`."""
-    record = read_series(source.atlas, series)
+    record = complete(read_series(source.atlas, series))
     members = record.frames["members"].sort("x").select("name", "x", "loss", "parameters", "model", "run")
     return plain({
         "series": record.key, "title": record.title, "axis": record.axis, "members": table(members), "settings": record.settings,

@@ -10,24 +10,31 @@ What this file absorbs, so that no caller knows (each is reproduced by a test):
 4. Two handles of one file in one process corrupt each other: handles are shared, counted and kept one per path and process.
 5. A checkpoint rewrites the whole edge table, so it is put off until the log is large (it is replayed on opening).
 6. A process killed while writing may leave a torn last record, which is the transaction that was not committed.
+7. A MERGE of many edges is slow beside a large table: what is there is looked up, the rest is created.
+8. When the disk is full, the commit fails as it should, but then closing the database ends the whole process: such a handle is never closed.
+   Its log is replayed when a later process opens the file.
 """
 
+import ctypes
 import logging
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import ladybug
 import polars as pl
 
-from . import schema
+from ..files import DiskFull, is_full
+from . import holders, schema
+from .access import require_reading
 from .schema import EDGES, NODES, SCHEMA_VERSION, VERSION_KEY, EdgeType, NodeLabel
 from .store import (
     Answer,
@@ -51,13 +58,14 @@ from .store import (
 log = logging.getLogger(__name__)
 
 CHECKPOINT_BYTES = 256 * 2**20  # of write-ahead log: about 750,000 edges
+LOOKED_UP_AT_ONCE = 2_000  # rows to be merged; with more it is asked first whether any of them can be there
 READ_ONLY_PATIENCE_S = 10.0
+ROOM_BYTES = 64 * 2**20  # a disk with so much room is not the reason why something cannot be written
 # Ladybug's cross product of lock states while a writer checkpoints; it says so in one of these ways.
 _BEING_WRITTEN = ("recovery is pending", "checksum verification failed", "past the end of file", "checkpoint", "could not set lock")
 _TORN_LOG = ("wal file is corrupted", "wal replay")
-_READING = {"MATCH", "OPTIONAL", "UNWIND", "WITH", "RETURN", "CALL"}
+_NOT_WRITTEN = "cannot write to file"  # the system's own reason behind it is mostly a wrong one
 _PLAIN = {"STRING", "INT64", "DOUBLE", "BOOL"}
-_WORDS = re.compile(r"""//[^\n]*|/\*.*?\*/|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`|\w+|[^\s\w]""", re.DOTALL)
 
 
 @dataclass
@@ -67,10 +75,12 @@ class _Handle:
     database: ladybug.Database
     read_only: bool
     users: int = 0
+    full: bool = False
     writing: threading.RLock = field(default_factory=threading.RLock)
 
 
 _handles: dict[Path, _Handle] = {}
+_abandoned: set[Path] = set()  # still held by this process, since their disk was full
 _handles_lock = threading.RLock()
 
 
@@ -102,16 +112,9 @@ class LadybugStore(GraphStore):
         edge, frame = schema.edge_type(type), schema.edge_frame(type, rows)
         if not frame.height:
             return
-        others = [name for name in edge.columns if name in frame.columns]
-        frame = frame.select("source", "target", *edge.identity, *others)
-        identity = ", ".join(f"`{name}`: c{i}" for i, name in enumerate(edge.identity, start=2))
-        text = f"MERGE (a)-[e:{type} {{{identity}}}]->(b) {_assignments('e', others, first=2 + len(edge.identity))}"
+        frame = frame.select("source", "target", *edge.identity, *(name for name in edge.columns if name in frame.columns))
         with self._write() as connection:
-            written = 0
-            for source, target in edge.ends:
-                ends = f"LOAD FROM $frame MATCH (a:{source} {{key: c0}}) MATCH (b:{target} {{key: c1}})"
-                written += _count(connection, f"{ends} {text} RETURN count(*)", {"frame": _numbered(frame)})
-            if written != frame.height:
+            if sum(_merge_between(connection, edge, ends, frame) for ends in edge.ends) != frame.height:
                 self._raise_unknown_endpoint(connection, edge, frame)
 
     def commit_sequences(self, commits: Sequence[SequenceCommit]) -> int:
@@ -162,7 +165,7 @@ class LadybugStore(GraphStore):
         """A connection inside a write transaction: committed at the end, rolled back on any error."""
         if self.read_only:
             raise WriteRefused("the graph was opened read-only")
-        with self._opened().writing, _connection(self._opened().database) as connection:
+        with self._opened().writing, self._until_full(), _connection(self._opened().database) as connection:
             _run(connection, "BEGIN TRANSACTION")
             try:
                 yield connection
@@ -170,6 +173,23 @@ class LadybugStore(GraphStore):
                 _roll_back(connection)
                 raise
             _end_transaction(connection)
+
+    @contextmanager
+    def _until_full(self) -> Iterator[None]:
+        """Whatever cannot be written in the block is a full disk's doing: nothing is written by this handle from then on."""
+        handle = self._opened()
+        if handle.full:
+            raise DiskFull(self.path)
+        try:
+            yield
+        except (StoreFailed, QueryRejected, RuntimeError) as error:
+            if _NOT_WRITTEN not in str(error).lower() and not is_full(error):
+                raise
+            handle.full = True
+            if not is_full(error) and shutil.disk_usage(self.path.parent).free > ROOM_BYTES:
+                said = f"{self.path} cannot be written ({_one_line(str(error))}): see to its disk, then give the same command again"
+                raise StoreFailed(said) from error
+            raise DiskFull(self.path) from error
 
     @contextmanager
     def _read(self) -> Iterator[ladybug.Connection]:
@@ -303,6 +323,8 @@ def _missing(connection: ladybug.Connection, tables: Collection[str]) -> Iterato
 def _acquire(path: Path, read_only: bool) -> _Handle:
     with _handles_lock:
         handle = _handles.get(path)
+        if path in _abandoned:
+            raise StoreBusy(f"{path} was left open when its disk was full: make room there, and go on in a new process")
         if handle is None:
             handle = _Handle(_open_database(path, read_only), read_only)
             _handles[path] = handle
@@ -318,7 +340,11 @@ def _release(path: Path) -> None:
         handle.users -= 1
         if handle.users == 0:
             del _handles[path]
-            handle.database.close()
+            if handle.full:
+                _abandoned.add(path)
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle.database))  # never freed: that would close it
+            else:
+                handle.database.close()
 
 
 def _open_database(path: Path, read_only: bool) -> ladybug.Database:
@@ -329,8 +355,22 @@ def _open_database(path: Path, read_only: bool) -> ladybug.Database:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise NotAGraph(f"{path}: its folder cannot be made ({error.strerror})") from None
-        return _open_for_writing(path)
+        return _open_when_free(path)
     return _open_for_reading(path)
+
+
+def _open_when_free(path: Path) -> ladybug.Database:
+    """Open for writing; while another process writes, wait for it as long as `holders.patience` says. Raises `StoreBusy`."""
+    waits = holders.patience()
+    deadline, wait_s = time.monotonic() + waits, 0.02
+    while True:
+        try:
+            return _open_for_writing(path)
+        except StoreBusy:
+            if time.monotonic() + wait_s > deadline:
+                raise
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, 0.5)
 
 
 def _open_for_writing(path: Path) -> ladybug.Database:
@@ -339,7 +379,7 @@ def _open_for_writing(path: Path) -> ladybug.Database:
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in _TORN_LOG):
             raise _opening_error(path, error) from None
-    log.warning("%s: a writer was killed while it committed; its last transaction is dropped", path)
+    log.warning("%s: a writer was killed, or its disk was full, while it committed; its last transaction is dropped", path)
     try:
         return _database(path, throw_on_wal_replay_failure=False)
     except RuntimeError as error:
@@ -372,14 +412,23 @@ def _database(path: Path, **options: Any) -> ladybug.Database:
 
 def _opening_error(path: Path, error: RuntimeError) -> Exception:
     message = _one_line(str(error))
+    if _NOT_WRITTEN in message.lower() or is_full(error):
+        return DiskFull(path)
     if "lock" in message.lower():
         holder = re.search(r"PID (\d+)", message)
-        by = f" by process {holder.group(1)}" if holder else " by another process"
-        return StoreBusy(f"{path} is being written{by}: wait until it is done, or end it; only one process can write an embedded graph")
+        by = holders.held_by(int(holder.group(1)) if holder else None)
+        why = "only one process can write an embedded graph, several a server's (--graph)"
+        return StoreBusy(f"{path} is being written by {by}: {why}; {holders.way_out(holders.patience())}")
     if "not a valid" in message.lower():
         return NotAGraph(f"{path} is not a Ladybug database: name another path, or move that file away")
     if "version" in message.lower():
         return NotAGraph(f"{path} is of another version of Ladybug than {ladybug.__version__} ({message}): install that one, or ingest anew")
+    if "read-only file system" in message.lower() or "permission denied" in message.lower():
+        return StoreFailed(f"{path} cannot be written to ({message}): commands that only read work here; to write, copy the atlas to another place")
+    if any(sign in message.lower() for sign in (*_BEING_WRITTEN, "read enough", "cannot read")):
+        damaged = "or the file is damaged: put a copy in its place (`featlas atlas copy` makes them), or measure again"
+        told = message.replace("The database may be checkpointing; please retry later.", "").rstrip(" .")
+        return StoreFailed(f"{path} cannot be opened: {told}; another process is writing it, then try again later, {damaged}")
     return StoreFailed(f"{path} cannot be opened: {message}")
 
 
@@ -437,6 +486,48 @@ def _assignments(variable: str, names: Sequence[str], first: int) -> str:
     return "SET " + ", ".join(f"{variable}.`{name}` = c{i}" for i, name in enumerate(names, start=first))
 
 
+# Merging edges: MERGE itself, with its SET for each property, takes ten times as long as looking up what is there and creating the rest.
+
+
+def _merge_between(connection: ladybug.Connection, edge: EdgeType, ends: tuple[str, str], frame: pl.DataFrame) -> int:
+    """Create the edges of `frame` between two labels that are not there, set those that are there and differ; how many of the frame are there now.
+
+    Columns of `frame`: source, target, the type's identity, then those to be set.
+    """
+    identity = ["source", "target", *edge.identity]
+    others = frame.columns[len(identity) :]
+    rows = f"LOAD FROM $frame MATCH (a:{ends[0]} {{key: c0}}) MATCH (b:{ends[1]} {{key: c1}})"
+    named = {name: f"`{name}`: c{i}" for i, name in enumerate(frame.columns)}
+    pattern = "{" + ", ".join(named[name] for name in edge.identity) + "}"
+    known = frame.clear()
+    if frame.height < LOOKED_UP_AT_ONCE or _any_like(connection, edge, ends, frame):
+        columns = ", ".join(["c0 AS source", "c1 AS target", *(f"e.`{name}` AS `{name}`" for name in frame.columns[2:])])
+        text = f"{rows} MATCH (a)-[e:{edge.name} {pattern}]->(b) RETURN {columns}"
+        known = _run(connection, text, {"frame": _numbered(frame)}).get_as_pl().cast(dict(frame.schema))
+    new = frame.join(known, on=identity, how="anti")
+    created = 0
+    if new.height:
+        created = _count(
+            connection, f"{rows} CREATE (a)-[e:{edge.name} {{{', '.join(list(named.values())[2:])}}}]->(b) RETURN count(*)", {"frame": _numbered(new)}
+        )
+    if known.height and others:
+        before = frame.join(known, on=identity, suffix=" before")
+        changed = before.filter(pl.any_horizontal(pl.col(name).ne_missing(pl.col(f"{name} before")) for name in others)).select(frame.columns)
+        if changed.height:
+            text = f"{rows} MATCH (a)-[e:{edge.name} {pattern}]->(b) {_assignments('e', others, first=len(identity))}"
+            _run(connection, text, {"frame": _numbered(changed)})
+    return created + known.select(identity).n_unique()  # an edge that the graph has twice is one
+
+
+def _any_like(connection: ladybug.Connection, edge: EdgeType, ends: tuple[str, str], frame: pl.DataFrame) -> bool:
+    """Whether any edge could be one of the frame's: from a node between its least and its greatest, with the values that all of its rows share."""
+    low, high = frame.select(low=pl.col("source").min(), high=pl.col("source").max()).row(0)
+    shared = {name: frame[name][0] for name in edge.identity if frame[name].n_unique() == 1}
+    conditions = " AND ".join(["a.key >= $low AND a.key <= $high", *(f"e.`{name}` = ${name}" for name in shared)])
+    text = f"MATCH (a:{ends[0]})-[e:{edge.name}]->(b:{ends[1]}) WHERE {conditions} RETURN a.key LIMIT 1"
+    return bool(_run(connection, text, {"low": low, "high": high, **shared}).get_all())
+
+
 # A user's query
 
 
@@ -448,6 +539,8 @@ class _Statement(ladybug.PreparedStatement):
 
 def _prepared(connection: ladybug.Connection, cypher: str, parameters: Mapping[str, object] | None, write: bool) -> Any:
     """Prepare the one statement of a query; preparing refuses several (a COMMIT could end the read-only transaction)."""
+    if not write:
+        require_reading(cypher, LadybugStore.dialect)  # first: preparing some calls reads files already
     try:
         cypher.encode()
         statement = _rejecting(lambda: _Statement(connection, cypher, dict(parameters or {})))
@@ -455,31 +548,9 @@ def _prepared(connection: ladybug.Connection, cypher: str, parameters: Mapping[s
         said = "half a character" if isinstance(error, UnicodeEncodeError) else _one_line(str(error)).partition(" Invoked with:")[0]
         raise QueryRejected(f"the text or a parameter is nothing that the database can take: {said}") from None
     failure = "" if statement.is_success() else statement.get_error_message()
-    if not write and not failure.startswith("Parser exception"):
-        _refuse_side_effects(cypher)
     if failure:
         raise _rejection(failure)
     return statement
-
-
-def _refuse_side_effects(cypher: str) -> None:
-    """Refuse what touches the world in a read-only transaction: COPY TO, EXPORT, LOAD FROM, settings by CALL name = value.
-
-    Changes to the graph are refused by the database; this is for statements that it counts as reading.
-    """
-    words = [word for word in _WORDS.findall(cypher) if not word.startswith(("//", "/*"))]
-    upper = [word.upper() for word in words]
-    while upper and upper[0] in {"EXPLAIN", "PROFILE", "LOGICAL"}:
-        upper.pop(0)
-    if upper and upper[0] in {"CREATE", "MERGE", "DELETE", "SET", "DROP", "ALTER"}:
-        return
-    if upper and upper[0] not in _READING:
-        raise WriteRefused(f"{upper[0]} is not a reading statement")
-    if upper[:1] == ["CALL"] and upper[2:3] == ["="]:
-        raise WriteRefused("CALL changes a setting")
-    for word, following in pairwise(upper):
-        if word == "LOAD" and following in {"FROM", "WITH"}:
-            raise WriteRefused("LOAD FROM reads files")
 
 
 def _rejecting(action: Callable[[], Any]) -> Any:

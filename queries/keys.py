@@ -65,7 +65,7 @@ def rows(atlas: Path, what: str) -> list[tuple[str, str]]:
     import duckdb
 
     try:
-        with duckdb.connect(str(path), read_only=True) as connection:
+        with duckdb.connect(str(path), read_only=True, config={"enable_external_access": False, "lock_configuration": True}) as connection:
             return [(str(key), str(about or "")) for key, about in connection.execute(_TABLES[what]).fetchall()]
     except (duckdb.Error, OSError):
         return []

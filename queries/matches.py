@@ -24,7 +24,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from ..errors import UserError
+from ..files import on_disk
 from .correlations import CHUNK
+from .kept_files import intact, read_object
 from .samples import ABANDONED_SECONDS, SampleRun, SampleStore, SiteSamples
 from .schema import feature_key
 from .statistics import StatisticsStore
@@ -227,7 +229,8 @@ class AlignedStore:
         hidden = self.folder / f".{key}.{uuid.uuid4().hex[:12]}"
         hidden.mkdir()
         try:
-            yield hidden
+            with on_disk(hidden):
+                yield hidden
             try:
                 hidden.rename(self.folder / key)
             except OSError:
@@ -241,12 +244,14 @@ class AlignedStore:
         shutil.rmtree(self.open(key).folder)
 
     def _read(self, folder: Path) -> Aligned:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["layout"] > LAYOUT:
-            raise NewerAligned(f"aligned samples in {folder} have layout {manifest['layout']}, this featlas knows up to {LAYOUT}: upgrade featlas")
-        store = SampleStore(folder.parent, read_only=True, folder=folder.name)
-        a, b = (AlignedRun(store.find(side), store, manifest["layers"][side]) for side in ("a", "b"))
-        return Aligned(manifest["key"], folder, a, b, manifest["n_segments"], manifest["source"], manifest["settings"], manifest["finished"])
+        with intact(folder, "remove that folder, and make it anew with `featlas ingest aligned`"):
+            manifest = read_object(folder / "manifest.json")
+            if manifest["layout"] > LAYOUT:
+                newer = f"aligned samples in {folder} have layout {manifest['layout']}, this featlas knows up to {LAYOUT}: upgrade featlas"
+                raise NewerAligned(newer)
+            store = SampleStore(folder.parent, read_only=True, folder=folder.name)
+            a, b = (AlignedRun(store.find(side), store, manifest["layers"][side]) for side in ("a", "b"))
+            return Aligned(manifest["key"], folder, a, b, manifest["n_segments"], manifest["source"], manifest["settings"], manifest["finished"])
 
 
 def finish_aligned(folder: Path, described: Mapping[str, Any]) -> None:

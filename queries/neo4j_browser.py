@@ -15,6 +15,7 @@ import colorsys
 import html
 import http.server
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -195,10 +196,14 @@ def unmark(store: GraphStore) -> None:
     _require_neo4j(store)
     _delete_drawn(store)
     labels = store.query("MATCH (f:Feature) UNWIND labels(f) AS label RETURN DISTINCT label")
-    ours = {*KINDS.values(), "Error", "Output"}
     for label in labels["label"].to_list() if labels.height else ():
-        if label in ours or (label.startswith("L") and label[1:].isdigit()):
+        if is_of_the_browser(label):
             store.query(f"MATCH (f:Feature:{label}) REMOVE f:{label}", write=True)
+
+
+def is_of_the_browser(name: str) -> bool:
+    """Whether a label or type is one that `mark_nodes` or `draw_circuit` makes."""
+    return name in (*KINDS.values(), "Error", "Output") or re.fullmatch(r"L\d+|(RAISES|LOWERS)_\d+", name) is not None
 
 
 def _delete_drawn(store: GraphStore, circuit: str | None = None) -> None:

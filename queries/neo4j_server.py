@@ -19,6 +19,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import subprocess
 import time
 import urllib.error
@@ -66,8 +67,20 @@ class PasswordLost(FeatlasError):
     """The server has data, and its password's file is gone."""
 
 
+class BadCertificate(UserError):
+    """A server's certificate or its key cannot be used."""
+
+
 class AdminFailed(FeatlasError):
     """An administration command of Neo4j ended with an error."""
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """A server's certificate (PEM, with those between it and its authority behind it) and its private key (PEM, PKCS #8, not encrypted)."""
+
+    certificate: Path
+    key: Path
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class ServerOptions:
 
     `throwaway` is for tests: it stops in 2 s instead of 10 by not waiting for its clients, and takes the small garbage collector.
     `gds` adds the open edition of Graph Data Science; without it a server that had it starts without.
+    With `tls` bolt is encrypted, and answers to nothing else.
     """
 
     bolt_port: int = BOLT_PORT
@@ -85,6 +99,7 @@ class ServerOptions:
     start_limit_s: float = 180.0
     throwaway: bool = False
     gds: bool = False
+    tls: TlsFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -115,8 +130,8 @@ def default_home() -> Path:
 def up(home: Path, options: ServerOptions | None = None) -> ServerInfo:
     """Start the server of `home` and wait until it answers; the one that runs already is returned as it is.
 
-    Raises JavaMissing, MavenMissing or DownloadFailed before anything is started, PortTaken, and ServerNotStarted with the
-    tail of its log.
+    Raises JavaMissing, MavenMissing or DownloadFailed before anything is started, PortTaken, BadCertificate, ServerRunning where TLS is
+    asked of one that runs without, and ServerNotStarted with the tail of its log.
     """
     options = options or ServerOptions()
     home = home.absolute()
@@ -124,6 +139,8 @@ def up(home: Path, options: ServerOptions | None = None) -> ServerInfo:
     with exclusive(home / "lock"):
         running = status(home)
         if running is not None:
+            if options.tls is not None and not running.uri.startswith("bolt+s:"):
+                raise ServerRunning(f"the server of {home} runs without TLS: featlas neo4j down, then up again with the certificate")
             return running
         java, jars = find_java(), distribution()
         ports = free_port(options.bolt_port, "--bolt-port"), free_port(options.http_port, "--http-port")
@@ -138,7 +155,7 @@ def status(home: Path) -> ServerInfo | None:
     home = home.absolute()
     try:
         state = json.loads((home / "server.json").read_text())
-        info = _info(home, int(state["pid"]), (int(state["bolt_port"]), int(state["http_port"])))
+        info = _info(home, int(state["pid"]), (int(state["bolt_port"]), int(state["http_port"])), tls=bool(state.get("tls")))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return info if _is_server_of(home, info.pid) else None
@@ -232,6 +249,9 @@ def prepare_home(home: Path, options: ServerOptions, bolt_port: int, http_port: 
         settings += here.with_name("neo4j_throwaway.conf").read_text()
     if options.gds:
         settings += "dbms.security.procedures.unrestricted=gds.*\n"
+    if options.tls is not None:
+        _place_certificate(home / "certificates" / "bolt", options.tls)
+        settings += here.with_name("neo4j_tls.conf").read_text()
     _link_gds(home / "plugins", gds_plugin() if options.gds else None)
     (home / "conf" / "neo4j.conf").write_text(settings)
     password_file = home / "password"
@@ -243,6 +263,28 @@ def prepare_home(home: Path, options: ServerOptions, bolt_port: int, http_port: 
         write_private(password_file, secrets.token_hex(16))
     # neo4j-admin takes the password as an argument, and any argument from a file: this keeps it off the command line
     run_admin(home, "dbms", "set-initial-password", f"@{password_file}")
+
+
+def _place_certificate(folder: Path, files: TlsFiles) -> None:
+    """Copies of the certificate and the key where the server looks for them, the key for its owner alone. Raises `BadCertificate`."""
+    try:
+        certificate, key = files.certificate.read_text(), files.key.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadCertificate(f"the certificate {files.certificate} and its key {files.key} must be readable PEM files: {error}") from None
+    if "-----BEGIN CERTIFICATE-----" not in certificate:
+        raise BadCertificate(f"{files.certificate} holds no certificate in PEM (-----BEGIN CERTIFICATE-----)")
+    if "-----BEGIN PRIVATE KEY-----" not in key:
+        raise BadCertificate(
+            f"{files.key} holds no private key that Neo4j reads (-----BEGIN PRIVATE KEY-----): openssl pkcs8 -topk8 -nocrypt -in KEY -out NEWKEY"
+        )
+    try:  # Neo4j starts with a key of another certificate, and then no client can talk to it
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(files.certificate, files.key, password=lambda: "")
+    except (OSError, ValueError) as error:
+        raise BadCertificate(f"{files.key} is not the key of the certificate {files.certificate}, or one of them is damaged: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name, text in (("public.crt", certificate), ("private.key", key)):
+        (folder / name).unlink(missing_ok=True)
+        write_private(folder / name, text)
 
 
 def _link_gds(plugins: Path, jars: Path | None) -> None:
@@ -282,11 +324,12 @@ def _start(home: Path, options: ServerOptions, line: list[str], ports: tuple[int
     finally:
         os.close(log)
     _await_exec(home, pid)
-    state = {"pid": pid, "bolt_port": ports[0], "http_port": ports[1]}
+    tls = options.tls is not None
+    state = {"pid": pid, "bolt_port": ports[0], "http_port": ports[1], "tls": tls}
     part = home / "server.json.part"
     part.write_text(json.dumps(state))
     part.replace(home / "server.json")
-    return _info(home, pid, ports)
+    return _info(home, pid, ports, tls=tls)
 
 
 def _await_exec(home: Path, pid: int) -> None:
@@ -296,9 +339,9 @@ def _await_exec(home: Path, pid: int) -> None:
         time.sleep(0.01)
 
 
-def _info(home: Path, pid: int, ports: tuple[int, int]) -> ServerInfo:
+def _info(home: Path, pid: int, ports: tuple[int, int], *, tls: bool) -> ServerInfo:
     bolt_port, http_port = ports
-    return ServerInfo(f"bolt://{LOOPBACK}:{bolt_port}", f"http://{LOOPBACK}:{http_port}", USERNAME, home / "password", pid)
+    return ServerInfo(f"bolt{'+s' if tls else ''}://{LOOPBACK}:{bolt_port}", f"http://{LOOPBACK}:{http_port}", USERNAME, home / "password", pid)
 
 
 def _wait_until_ready(home: Path, info: ServerInfo, limit_s: float) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 import polars as pl
 
 from ..errors import UserError
-from .store import GraphStore, KeyRange
+from .store import BlockReader, GraphStore
+from .streaming import EDGES_PER_BLOCK as EDGES_PER_BLOCK
+from .streaming import edge_ranges
 
 ATTRIBUTION_PATCHING = "attribution patching"
 """`Run.method` of effective edges measured at one step."""
@@ -17,9 +19,6 @@ INTEGRATED_GRADIENTS = "integrated gradients"
 
 RUNNING, DONE = "running", "done"
 """`Run.status` while sequences are missing, and once all planned ones are in."""
-
-EDGES_PER_BLOCK = 250_000
-"""Edges of a run that are held at once when some of its sequences are aggregated; a block takes about 150 MB."""
 
 _INFLUENCES = {
     "source": pl.String(), "target": pl.String(), "weight": pl.Float64(), "abs_weight": pl.Float64(), "max_weight": pl.Float64(),
@@ -54,27 +53,11 @@ def edge_blocks(store: GraphStore, run: str, size: int) -> Iterator[pl.DataFrame
     All edges of one source and target, whatever their sequence, are in one block, which alone may therefore be larger; blocks
     follow each other by source and then target.
     """
-    counts = store.query("MATCH (a:Feature)-[e:ATTRIBUTES]->(:Feature) WHERE e.run = $run RETURN a.key AS node, count(*) AS n", {"run": run})
-    for sources in _ranges(counts, size):
-        if sources.low != sources.high:
-            yield store.read_edges("ATTRIBUTES", run=run, sources=sources)
-            continue
-        of_hub = (
-            "MATCH (a:Feature)-[e:ATTRIBUTES]->(b:Feature) WHERE a.key = $source AND e.run = $run RETURN b.key AS node, count(*) AS n"
-        )
-        for targets in _ranges(store.query(of_hub, {"run": run, "source": sources.low}), size):
-            yield store.read_edges("ATTRIBUTES", run=run, sources=sources, targets=targets)
-
-
-def _ranges(counts: pl.DataFrame, size: int) -> list[KeyRange]:
-    """Consecutive ranges of the keys `node` that have at most 2·`size` of the `n` edges each; a key with more than `size` stands alone."""
-    if counts.is_empty():
-        return []
-    counts = counts.sort("node").with_columns(((pl.col("n").cum_sum() - pl.col("n")) // size).alias("block"), (pl.col("n") > size).alias("alone"))
-    ends = counts.group_by(pl.struct("block", "alone").rle_id(), maintain_order=True).agg(
-        pl.col("node").first().alias("low"), pl.col("node").last().alias("high")
-    )
-    return [KeyRange(low, high) for low, high in ends.select("low", "high").iter_rows()]
+    if isinstance(store, BlockReader):
+        yield from store.edge_blocks(run, size)
+        return
+    for sources, targets in edge_ranges("ATTRIBUTES", store, run=run, size=size):
+        yield store.read_edges("ATTRIBUTES", run=run, sources=sources, targets=targets)
 
 
 def aggregate(edges: pl.DataFrame, n_done: int) -> pl.DataFrame:
@@ -105,11 +88,56 @@ def _groups(rows: pl.DataFrame, *names: str) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(new), np.cumsum(new) - 1
 
 
+STRENGTHS = ("abs_weight", "weight")
+"""Properties of `INFLUENCES` whose magnitude an edge's strength can be."""
+
+
+def nth_strength(store: GraphStore, run: str, column: str, n: int) -> float | None:
+    """The n-th greatest magnitude of a property of `STRENGTHS` among a run's `INFLUENCES`, n from 1; None where there are no more than n edges."""
+    text = (
+        f"MATCH (:Feature)-[e:INFLUENCES]->(:Feature) WHERE e.run = $run RETURN abs(e.{_strength(column)}) AS strength"
+        " ORDER BY strength DESC SKIP $before LIMIT 2"
+    )
+    found = store.query(text, {"run": run, "before": n - 1})["strength"].to_list()
+    return max(found) if len(found) == 2 else None
+
+
+def strong_influences(store: GraphStore, run: str, column: str, least: float) -> pl.DataFrame:
+    """A run's `INFLUENCES` whose property of `STRENGTHS` has at least this magnitude: source, target, weight, abs_weight, by source and target.
+
+    The database leaves the others out: of a large run only what is asked for is read.
+    """
+    text = (
+        f"MATCH (a:Feature)-[e:INFLUENCES]->(b:Feature) WHERE e.run = $run AND abs(e.{_strength(column)}) >= $least"
+        " RETURN a.key AS source, b.key AS target, e.weight AS weight, e.abs_weight AS abs_weight"
+    )
+    schema = {"source": pl.String, "target": pl.String, "weight": pl.Float64, "abs_weight": pl.Float64}
+    return store.query(text, {"run": run, "least": float(least)}).cast(schema).sort("source", "target")  # type: ignore[arg-type]
+
+
+def count_influences(store: GraphStore, run: str) -> int:
+    """How many `INFLUENCES` a run has."""
+    return int(store.query("MATCH (:Feature)-[e:INFLUENCES]->(:Feature) WHERE e.run = $run RETURN count(*) AS n", {"run": run})["n"][0])
+
+
+def _strength(column: str) -> str:
+    """The name of a property that goes into a query's text: one of those known. Raises ValueError."""
+    if column not in STRENGTHS:
+        raise ValueError(f"{column!r} is none of {STRENGTHS}")
+    return column
+
+
 def influences_of(store: GraphStore, run: str, sequences: Collection[str]) -> pl.DataFrame:
     """The effects of a run over some of its done sequences only, as `aggregate` gives them: what `INFLUENCES` would be had the run no others.
 
     Read in blocks, so that memory is bounded by the result. Raises `SequenceNotDone`.
     """
+    parts = list(influence_blocks(store, run, sequences))
+    return pl.concat(parts) if parts else pl.DataFrame(schema=_INFLUENCES)
+
+
+def influence_blocks(store: GraphStore, run: str, sequences: Collection[str]) -> Iterator[pl.DataFrame]:
+    """The rows of `influences_of` block by block, for what need not hold them all. Raises `SequenceNotDone`."""
     wanted = set(sequences)
     missing = sorted(wanted - done_sequences(store, run))
     if missing or not wanted:
@@ -119,8 +147,8 @@ def influences_of(store: GraphStore, run: str, sequences: Collection[str]) -> pl
         blocks: Iterator[pl.DataFrame] = iter([store.read_edges("ATTRIBUTES", run=run, sequence=next(iter(wanted)))])
     else:
         blocks = edge_blocks(store, run, EDGES_PER_BLOCK)
-    parts = [aggregate(block.filter(pl.col("sequence").is_in(list(wanted))), len(wanted)) for block in blocks]
-    return pl.concat(parts) if parts else pl.DataFrame(schema=_INFLUENCES)
+    for block in blocks:
+        yield aggregate(block.filter(pl.col("sequence").is_in(list(wanted))), len(wanted))
 
 
 def record_counts(store: GraphStore, run: str, *, n_sequences: int) -> None:

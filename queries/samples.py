@@ -17,7 +17,7 @@ import time
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,6 +32,8 @@ from scipy import sparse  # type: ignore[import-untyped]
 from scipy.sparse.csgraph import connected_components  # type: ignore[import-untyped]
 
 from ..errors import FeatlasError, UserError
+from ..files import on_disk
+from .kept_files import intact, read_object
 
 FOLDER = "samples"
 """The folder of the runs of samples in an atlas."""
@@ -56,6 +58,13 @@ sequence (what is right to follow it), or null. Others may stand beside them: `p
 
 TOKEN_COLUMNS: Mapping[str, pl.DataType] = MappingProxyType({"sequence": pl.Int32(), "position": pl.Int32(), "text": pl.String()})
 """What `tokens` has, one row per row of the matrices; the text may be null."""
+
+_FIELDS: Mapping[str, type] = MappingProxyType(
+    {
+        "key": str, "model": str, "basis": str, "source": str, "dictionaries": dict, "n_sequences": int, "n_tokens": int, "settings": dict,
+        "finished": str,
+    }
+)  # fmt: skip
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -195,17 +204,20 @@ class SampleStore:
         of_site, tokens = record.site(site), self.tokens(run)
         group = _groups(record.sequences)
         sequence = tokens["sequence"].to_numpy().astype(np.int64)
-        with np.load(self.folder / run / f"{site}.npz", allow_pickle=False) as file:
+        with self._intact(run), np.load(self.folder / run / f"{site}.npz", allow_pickle=False) as file:
             if of_site.dense:
                 values = file["values"]
             else:
                 values = sparse.csr_matrix((file["data"], file["indices"], file["indptr"]), shape=tuple(file["shape"]))
-        return SiteSamples(site, of_site.dictionary, of_site.d_sae, values, sequence, tokens["position"].to_numpy().astype(np.int64), group[sequence])
+            groups = group[sequence]  # a damaged table names sequences that there are none of
+        return SiteSamples(site, of_site.dictionary, of_site.d_sae, values, sequence, tokens["position"].to_numpy().astype(np.int64), groups)
 
     def tokens(self, run: str) -> pl.DataFrame:
         """What the rows of a run's matrices are: `TOKEN_COLUMNS`."""
         self._known(run)
-        return pl.read_parquet(self.folder / run / "tokens.parquet")
+        with self._intact(run):
+            tokens = pl.read_parquet(self.folder / run / "tokens.parquet", glob=False)
+            return tokens.select(pl.col(name).cast(kind) for name, kind in TOKEN_COLUMNS.items())
 
     def _known(self, key: str) -> SampleRun:
         if not self.has(key):
@@ -213,12 +225,20 @@ class SampleStore:
         return self._run(self.folder / key)
 
     def _run(self, folder: Path) -> SampleRun:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["layout"] > LAYOUT:
-            raise NewerSamples(f"samples in {folder} have layout {manifest['layout']}, this featlas knows layouts up to {LAYOUT}: upgrade featlas")
-        names = ("key", "model", "basis", "source", "dictionaries", "n_sequences", "n_tokens", "settings", "finished")
-        sites = tuple(SampledSite(**site) for site in manifest["sites"])
-        return SampleRun(**{name: manifest[name] for name in names}, sites=sites, sequences=pl.read_parquet(folder / "sequences.parquet"))
+        with self._intact(folder.name):
+            manifest = read_object(folder / "manifest.json")
+            if manifest["layout"] > LAYOUT:
+                newer = f"samples in {folder} have layout {manifest['layout']}, this featlas knows layouts up to {LAYOUT}: upgrade featlas"
+                raise NewerSamples(newer)
+            for name, kind in _FIELDS.items():
+                if not isinstance(manifest[name], kind):
+                    raise TypeError(f"{name} is {manifest[name]!r:.40}")
+            sites = tuple(SampledSite(**site) for site in manifest["sites"])
+            sequences = pl.read_parquet(folder / "sequences.parquet", glob=False).cast(pl.Schema(SEQUENCE_COLUMNS))
+            return SampleRun(**{name: manifest[name] for name in _FIELDS}, sites=sites, sequences=sequences)
+
+    def _intact(self, run: str) -> AbstractContextManager[None]:
+        return intact(self.folder / run, "remove that folder, and make it anew with `featlas ingest samples`")
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -243,11 +263,14 @@ class SampleStore:
         self._sweep(key)
         hidden = self.folder / f".{key}.{uuid.uuid4().hex[:12]}"
         hidden.mkdir()
-        writer = SampleWriter(hidden, self.folder / key)
         try:
-            yield writer
+            with on_disk(hidden):
+                writer = SampleWriter(hidden, self.folder / key)
+                try:
+                    yield writer
+                finally:
+                    writer.close()
         finally:
-            writer.close()
             shutil.rmtree(hidden, ignore_errors=True)
 
     def _sweep(self, key: str) -> None:

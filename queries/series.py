@@ -13,6 +13,8 @@ from pathlib import Path
 import polars as pl
 
 from ..errors import UserError
+from ..files import whole, write_text
+from .kept_files import SIGNS
 
 FOLDER = "series"
 MANIFEST = "manifest.json"
@@ -54,11 +56,10 @@ def write_series(atlas: Path, record: SeriesRecord) -> None:
     folder = atlas / FOLDER / record.key
     folder.mkdir(parents=True, exist_ok=True)
     for name, frame in record.frames.items():
-        frame.write_parquet(folder / f"{name}.parquet")
+        with whole(folder / f"{name}.parquet") as part:
+            frame.write_parquet(part)
     manifest = {"key": record.key, "title": record.title, "axis": record.axis, "settings": dict(record.settings), "frames": list(record.frames)}
-    text = folder / f".{MANIFEST}"
-    text.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text.replace(folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def list_series(atlas: Path) -> list[SeriesRecord]:
@@ -77,14 +78,29 @@ def read_series(atlas: Path, name: str | None = None) -> SeriesRecord:
     return fitting[0]
 
 
+_NEEDED = {
+    "members": ("name", "x", "loss", "parameters", "model", "run"), "tasks": ("name", "x", "task", "label", "accuracy"),
+    "graphs": ("name", "x", "edges", "effective_edges"), "areas": ("x", "area", "task", "method", "value"),
+}  # fmt: skip
+
+
+def complete(record: SeriesRecord) -> SeriesRecord:
+    """The series, with everything that is shown of one. Raises `NoSeries` with what it lacks."""
+    for name, columns in _NEEDED.items():
+        lacking = [column for column in columns if name not in record.frames or column not in record.frames[name].columns]
+        if lacking:
+            raise NoSeries(f"series {record.key} lacks {name}.{lacking[0]}: its files are not all there; measure it again, or remove its folder")
+    return record
+
+
 def _read(folder: Path) -> SeriesRecord:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        frames = {name: pl.read_parquet(folder / f"{name}.parquet") for name in manifest["frames"]}
+        frames = {name: pl.read_parquet(folder / f"{name}.parquet", glob=False) for name in manifest["frames"]}
         return SeriesRecord(manifest["key"], manifest["title"], manifest["axis"], manifest["settings"], frames)
-    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
+    except SIGNS as error:
         raise NoSeries(f"{folder} is no series: {error}") from None
 
 
 def _frames(folder: Path) -> dict[str, pl.DataFrame]:
-    return {path.stem: pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))}
+    return {path.stem: pl.read_parquet(path, glob=False) for path in sorted(folder.glob("*.parquet"))}

@@ -10,23 +10,44 @@ How it is written and read fast:
    `run`, which is all of them once a run is written, for every single edge. So no statement here leaves it that choice: nodes are
    found by a hint, a run is compared inside a list, where no index applies, and MERGE, which takes no hint, is not used for edges.
 
+What becomes of a server that goes away in the middle:
+
+4. All writing of the package's own is repeated for `PATIENCE_S` while the server does not answer: it may be written twice without harm. That
+   holds for a commit whose answer was lost, too: a sequence that is marked is not written again, in the same transaction in which it would be.
+5. A server gives its driver a time in which it will say something, if only that it is at work (two minutes, unless configured otherwise): a
+   connection that is silent for longer is given up, so that nothing hangs for ever.
+
 Reading queries run in a session of read access: the server itself refuses to write.
 """
 
+import ipaddress
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import neo4j
 import polars as pl
-from neo4j.exceptions import AuthError, ClientError, ConfigurationError, ConstraintError, DriverError, Neo4jError, ServiceUnavailable
+from neo4j.exceptions import (
+    AuthError,
+    ClientError,
+    ConfigurationError,
+    ConstraintError,
+    DriverError,
+    IncompleteCommit,
+    Neo4jError,
+    ServiceUnavailable,
+    SessionExpired,
+)
 from neo4j.graph import Node, Path, Relationship
 
 from ..errors import FeatlasError
 from . import schema
+from .access import require_reading
 from .schema import EDGES, NODES, SCHEMA_VERSION, STRING, VERSION_KEY, EdgeType
 from .store import (
     Answer,
@@ -55,12 +76,15 @@ log = logging.getLogger(__name__)
 logging.getLogger("neo4j").addHandler(logging.NullHandler())
 
 CONNECTION_TIMEOUT_S = 10.0
+PATIENCE_S = 60.0  # for a server that went away: starting one takes 5 to 20 s
+PAUSES_S = (0.5, 5.0)  # between two attempts: at first, at most
+DRIVERS_PATIENCE_S = 5.0  # the driver's own, in which nothing is said: deadlocks end in less
+IDLE_S = 30.0  # after which a connection is tried before it is used: a network may forget those that are silent
 ROWS_PER_STATEMENT = 20_000
 ROWS_PER_TRANSACTION = 100_000  # of idempotent merges; a sequence is never split
 EDGES_PER_RECORD = 100_000
-# strings, quoted names and comments, in which a word is no statement
-_NO_CODE = re.compile(r"""//[^\n]*|/\*.*?\*/|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|`[^`]*`""", re.DOTALL)
-_LOADING = re.compile(r"\bLOAD\s+CSV\b", re.IGNORECASE)
+
+Result = TypeVar("Result")
 
 
 class Neo4jStore(GraphStore):
@@ -72,7 +96,7 @@ class Neo4jStore(GraphStore):
         self.uri = uri
         self.read_only = read_only
         self._database = credentials.database
-        self._driver = _driver(uri, completed_credentials(uri, credentials))
+        self._driver = open_driver(uri, credentials)
         try:
             with _readable_errors(uri, credentials.database):
                 self._driver.verify_connectivity()
@@ -90,22 +114,27 @@ class Neo4jStore(GraphStore):
             for statement in part.iter_slices(ROWS_PER_STATEMENT):
                 _run(tx, text, statement.to_dict(as_series=False)).consume()
 
-        with self._writing() as session:
+        def write(session: neo4j.Session) -> None:
             for part in frame.iter_slices(ROWS_PER_TRANSACTION):
                 session.execute_write(work, part)
 
+        self._write(write)
+
     def merge_edges(self, type: str, rows: pl.DataFrame) -> None:
         edge, frame = schema.edge_type(type), schema.edge_frame(type, rows)
-        with self._writing() as session:
+
+        def write(session: neo4j.Session) -> None:
             for (source, target), own in session.execute_read(_by_ends, edge, frame):
                 for part in own.iter_slices(ROWS_PER_TRANSACTION):
                     session.execute_write(_merge_edges, edge, source, target, part)
+
+        self._write(write)
 
     def commit_sequences(self, commits: Sequence[SequenceCommit]) -> int:
         def work(tx: neo4j.ManagedTransaction) -> int:
             return sum(_commit(tx, commit) for commit in commits)
 
-        with self._writing() as session:
+        def write(session: neo4j.Session) -> int:
             for _ in commits:
                 try:
                     return session.execute_write(work)
@@ -113,13 +142,15 @@ class Neo4jStore(GraphStore):
                     log.info("another writer has committed one of these sequences meanwhile: trying again without it")
             return session.execute_write(work)
 
+        return self._write(write)
+
     def answer(
         self, cypher: str, parameters: Mapping[str, object] | None = None, *, write: bool = False, limits: QueryLimits | None = None
     ) -> Answer:
         if write and self.read_only:
             raise WriteRefused("the graph was opened read-only")
-        if not write and _LOADING.search(_NO_CODE.sub(" ", cypher)):
-            raise WriteRefused("LOAD CSV reads files and addresses")
+        if not write:
+            require_reading(cypher, self.dialect)
         within = limits or QueryLimits()
         access = neo4j.WRITE_ACCESS if write else neo4j.READ_ACCESS
         with _readable_errors(self.uri, self._database, users_query=True, seconds=within.seconds), self._session(access) as session:
@@ -147,13 +178,36 @@ class Neo4jStore(GraphStore):
     def _session(self, access: str, fetch_size: int = 1000) -> neo4j.Session:
         return self._driver.session(database=self._database, default_access_mode=access, fetch_size=fetch_size)
 
-    @contextmanager
-    def _writing(self) -> Iterator[neo4j.Session]:
-        """A session for writing whose errors are the store's."""
+    def _write(self, work: Callable[[neo4j.Session], Result]) -> Result:
+        """Do what may be done twice, in a session for writing; while the server is away it is tried again."""
         if self.read_only:
             raise WriteRefused("the graph was opened read-only")
-        with _readable_errors(self.uri, self._database), self._session(neo4j.WRITE_ACCESS) as session:
-            yield session
+
+        def attempt() -> Result:
+            with self._session(neo4j.WRITE_ACCESS) as session:
+                return work(session)
+
+        with _readable_errors(self.uri, self._database):
+            return self._patiently(attempt)
+
+    def _patiently(self, attempt: Callable[[], Result]) -> Result:
+        """Repeat what fails since the server is away, for `PATIENCE_S` from the first failure on. Raises the driver's last error."""
+        until, pause = None, PAUSES_S[0]
+        while True:
+            try:
+                return attempt()
+            except (DriverError, Neo4jError) as error:
+                now = time.monotonic()
+                if not _passes(error):
+                    raise
+                if until is not None and now > until:
+                    raise _lost(error, self.uri) from error
+                if until is None:
+                    until = now + PATIENCE_S
+                    what = "is busy with others" if _is_crowded(error) else "does not answer"
+                    log.warning("%s %s (%s): trying again for %.0f s", self.uri, what, _cause(error), PATIENCE_S)
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSES_S[1])
 
     # Schema
 
@@ -177,7 +231,11 @@ class Neo4jStore(GraphStore):
     def _create_schema(self) -> None:
         with self._session(neo4j.WRITE_ACCESS) as session:
             for text in _schema_statements():
-                session.execute_write(_consume, text)
+                try:
+                    session.execute_write(_consume, text)
+                except ClientError as error:  # another process makes the schema at this moment: IF NOT EXISTS looks before it waits for the lock
+                    if not (error.code or "").endswith(".EquivalentSchemaRuleAlreadyExists"):
+                        raise
             session.execute_write(_consume, "CALL db.awaitIndexes(60)")
             # The version comes last: a creation that was cut off is begun again.
             version = {"key": VERSION_KEY, "value": str(SCHEMA_VERSION)}
@@ -194,23 +252,75 @@ def completed_credentials(uri: str, credentials: ServerCredentials) -> ServerCre
 
         saved = saved_credentials(uri)
         if saved is not None and credentials.username in (None, saved[0]):
-            return ServerCredentials(saved[0], saved[1], credentials.database)
-    return ServerCredentials(credentials.username or "neo4j", credentials.password, credentials.database)
+            return replace(credentials, username=saved[0], password=saved[1])
+    return replace(credentials, username=credentials.username or "neo4j")
 
 
-def _driver(uri: str, credentials: ServerCredentials) -> neo4j.Driver:
+def open_driver(uri: str, credentials: ServerCredentials) -> neo4j.Driver:
+    """The official driver for a server, not connected yet, with what the credentials leave out completed. Raises `NotAGraph` for no URI."""
+    credentials = completed_credentials(uri, credentials)
     auth = None if credentials.password is None else (credentials.username or "neo4j", credentials.password)
+    if auth is not None:
+        _warn_where_readable(uri)
+    address, trust = _trusting(uri, credentials.authorities)
     try:
         return neo4j.GraphDatabase.driver(
-            uri, auth=auth, connection_timeout=CONNECTION_TIMEOUT_S, connection_acquisition_timeout=2 * CONNECTION_TIMEOUT_S,
-            notifications_min_severity="OFF", user_agent="featlas",
+            address, auth=auth, connection_timeout=CONNECTION_TIMEOUT_S, connection_acquisition_timeout=2 * CONNECTION_TIMEOUT_S,
+            max_transaction_retry_time=DRIVERS_PATIENCE_S, liveness_check_timeout=IDLE_S, notifications_min_severity="OFF", user_agent="featlas",
+            **trust,
         )
     except (ConfigurationError, ValueError) as error:
         raise NotAGraph(_bad_uri(uri, error)) from None
 
 
+def _trusting(uri: str, authorities: os.PathLike[str] | None) -> tuple[str, dict[str, Any]]:
+    """The address and settings by which the driver encrypts and believes `authorities`; it takes them with a scheme without +s alone."""
+    scheme, _, rest = uri.partition("://")
+    if authorities is None or not scheme.endswith("+s"):
+        return uri, {}
+    return f"{scheme.removesuffix('+s')}://{rest}", {"encrypted": True, "trusted_certificates": neo4j.TrustCustomCAs(str(authorities))}
+
+
+def _warn_where_readable(uri: str) -> None:
+    """A password that leaves this machine unencrypted is warned of: whoever is between can read it, and the graph."""
+    address = urlsplit(uri)
+    if address.scheme in ("bolt", "neo4j") and not _is_this_machine(address.hostname or ""):
+        log.warning("%s is not encrypted: the password and the graph can be read on the way; %s+s:// is, where the server has a certificate",
+                    uri, address.scheme)  # fmt: skip
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _bad_uri(uri: str, error: Exception) -> str:
     return f"{uri} is no server's URI ({_one_line(error)}): write it like bolt://127.0.0.1:7687 or neo4j+s://HOST"
+
+
+def _passes(error: DriverError | Neo4jError) -> bool:
+    """Whether an error may be another one, or none, a moment later; a commit without an answer is such for all that may be done twice."""
+    return error.is_retryable() or isinstance(error, IncompleteCommit)
+
+
+def _is_crowded(error: DriverError | Neo4jError) -> bool:
+    """Whether a server that answers could not do it beside what others do: a deadlock, a lock, its memory."""
+    return (getattr(error, "code", None) or "").startswith("Neo.TransientError.Transaction.")
+
+
+def _lost(error: DriverError | Neo4jError, uri: str) -> StoreUnreachable:
+    """What is said where a server went away in the middle, or could not for `PATIENCE_S` since others were at it."""
+    if _is_crowded(error):
+        return StoreUnreachable(
+            f"{uri} answers, and could not do this beside what others do there ({_cause(error)}): what was committed stays in it; when they are "
+            "done, give the same command again"
+        )
+    return StoreUnreachable(
+        f"{uri} went away ({_cause(error)}): what was committed stays in it; when it answers again (`featlas neo4j up` starts one of one's own), "
+        "give the same command again"
+    )
 
 
 @contextmanager
@@ -234,28 +344,61 @@ def _readable(error: Neo4jError | DriverError, uri: str, database: str | None, u
     code = getattr(error, "code", None) or ""
     message = (getattr(error, "message", None) or str(error)).strip()
     if isinstance(error, AuthError) or code.startswith("Neo.ClientError.Security.Authentication"):
-        return WrongCredentials(f"{uri} refused the user name or password: set NEO4J_USERNAME and NEO4J_PASSWORD")
+        ways = "set NEO4J_USERNAME and NEO4J_PASSWORD (or NEO4J_PASSWORD_FILE), or have it asked for: featlas --ask-password …"
+        return WrongCredentials(f"{uri} refused the user name or password: {ways}")
     if code == "Neo.ClientError.Database.DatabaseNotFound":
         return UnknownDatabase(f"{uri} has no database {database!r}: set NEO4J_DATABASE to one that it has, or unset it for the default")
     if isinstance(error, ServiceUnavailable):
         cause = _cause(error)
-        if "ssl" in cause.lower() or "certificate" in cause.lower():
-            way_out = "without TLS the scheme is bolt:// or neo4j://, with a certificate signed by oneself bolt+ssc:// or neo4j+ssc://"
-        else:
-            way_out = "start one with `featlas neo4j up`, or check the address in --graph or NEO4J_URI"
-        return StoreUnreachable(f"no Neo4j answers at {uri} ({cause}): {way_out}")
+        return StoreUnreachable(f"no Neo4j answers at {uri} ({cause}): {_way_to(uri, cause.lower())}")
+    if isinstance(error, SessionExpired):
+        return _lost(error, uri)
     if code == "Neo.ClientError.Statement.AccessMode":
         return WriteRefused("it would change the graph")
     if users_query and isinstance(error, ClientError):
         return QueryRejected(message)
+    if any(sign in message.lower() for sign in _UNWRITTEN):
+        return StoreFailed(
+            f"{uri} could not write ({_one_line(message)[:100]}…): its disk may be full. Stop it first, while the disk is full "
+            "(`featlas neo4j down`), then make room and start it: what was committed is there, and the same command goes on. "
+            "Room that is made while it runs can spoil its log"
+        )
     return StoreFailed(f"{uri} failed: {_one_line(message)}")
+
+
+# What a Neo4j says that cannot write its log, and from then on to everything. After its disk was full it goes on to write where there is room, behind
+# the gap: with such a log 5.26 does not start again (it takes all memory).
+_UNWRITTEN = ("could not append transaction", "no space left", "critical error", "database panic", "unable to write")
+
+
+def _way_to(uri: str, cause: str) -> str:
+    """What to do about a connection that failed. cause: in small letters."""
+    if "certificate" in cause or "ssl" in cause:
+        return next((way_out for sign, way_out in _TLS_WAYS.items() if sign in cause), _TLS_WAYS[""])
+    if urlsplit(uri).scheme in ("bolt", "neo4j") and any(sign in cause for sign in _CUT_OFF):
+        return "a server that asks for TLS answers to bolt+s:// or neo4j+s:// alone; else look at what listens there"
+    return "start one with `featlas neo4j up`, or check the address in --graph or NEO4J_URI"
+
+
+_CUT_OFF = ("connection reset", "broken pipe", "handshake", "no data", "incomplete")
+_TLS_WAYS = {
+    "expired": "the server's certificate is out of date: have it renewed",
+    "not yet valid": "the server's certificate is not valid yet: look at both clocks",
+    "mismatch": "its certificate is another name's: connect by a name that stands in it (bolt+ssc:// would believe whoever answers)",
+    "verify failed": "nobody that this machine trusts has signed its certificate: name the file of who has as NEO4J_CA_CERTIFICATE, or, to believe "
+    "whoever answers, bolt+ssc:// or neo4j+ssc://",
+    "": "without TLS the scheme is bolt:// or neo4j://, with a certificate signed by oneself bolt+ssc:// or neo4j+ssc://",
+}
 
 
 def _cause(error: BaseException) -> str:
     """The innermost reason that a connection failed, for example `[Errno 111] Connection refused`."""
     innermost: BaseException = error
-    while innermost.__cause__ is not None:
-        innermost = innermost.__cause__
+    while innermost.__cause__ is not None or isinstance(innermost, BaseExceptionGroup):
+        # of several servers that a router names, the first
+        inner = innermost.exceptions[0] if isinstance(innermost, BaseExceptionGroup) else innermost.__cause__
+        assert isinstance(inner, BaseException)
+        innermost = inner
     return _one_line(innermost)[:200]
 
 

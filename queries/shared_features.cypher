@@ -5,12 +5,14 @@
 // $limit: int = 20
 MATCH (r:Run)-[:ON_SEQUENCE]->(s:Sequence)
 WHERE r.key = $run AND s.task IN [$task, $other_task]
-WITH collect(CASE WHEN s.task = $task THEN s.key ELSE '' END) AS these, collect(CASE WHEN s.task = $other_task THEN s.key ELSE '' END) AS others,
-     sum(CASE WHEN s.task = $task THEN 1.0 ELSE 0.0 END) AS n_these, sum(CASE WHEN s.task = $other_task THEN 1.0 ELSE 0.0 END) AS n_others
+WITH sum(CASE WHEN s.task = $task THEN 1.0 ELSE 0.0 END) AS n_these, sum(CASE WHEN s.task = $other_task THEN 1.0 ELSE 0.0 END) AS n_others
 MATCH (f:Feature)-[e:ATTRIBUTES]->(:Feature)
 WHERE e.run = $run
-WITH f, n_these, n_others, sum(CASE WHEN e.sequence IN these THEN abs(e.weight) ELSE 0.0 END) AS this_sum,
-     sum(CASE WHEN e.sequence IN others THEN abs(e.weight) ELSE 0.0 END) AS other_sum
+WITH f, n_these, n_others, e.sequence AS sequence, sum(abs(e.weight)) AS of_sequence
+MATCH (s:Sequence)
+WHERE s.key = sequence
+WITH f, n_these, n_others, sum(CASE WHEN s.task = $task THEN of_sequence ELSE 0.0 END) AS this_sum,
+     sum(CASE WHEN s.task = $other_task THEN of_sequence ELSE 0.0 END) AS other_sum
 WHERE this_sum > 0 AND other_sum > 0
 WITH f, this_sum / n_these AS effect, other_sum / n_others AS other_effect
 RETURN f.key AS feature, f.kind AS kind, f.label AS label, effect, other_effect,

@@ -8,7 +8,9 @@ Its tables and what their columns mean stand in `statistics_0001.sql` and the nu
 3. Frames go in and out as polars, over Arrow. One process at a time may hold the file.
 """
 
+import fcntl
 import json
+import logging
 import re
 import shutil
 import time
@@ -26,11 +28,17 @@ import polars as pl
 from numpy.typing import NDArray
 
 from ..errors import FeatlasError, UserError
+from ..files import DiskFull, is_full, on_disk
+from . import holders
 
+log = logging.getLogger(__name__)
 FloatArray = NDArray[np.float64]
 
 FILE_NAME = "statistics.duckdb"
 """The store's file in an atlas."""
+
+HEADER_BYTES = 3 * 4096
+"""What DuckDB writes when it makes a file, before anything else."""
 
 ERROR = -1
 """The number of the error node in `feature` columns."""
@@ -65,12 +73,16 @@ EFFECT_COLUMNS = (*EFFECT_IDENTITY, "task", "effect")
 """The columns of `ablation_effects`."""
 
 
-WAIT_S = 5.0
-"""Seconds to wait for a file that another process holds: longer than `featlas serve` keeps it after a page."""
+_BROKEN = (duckdb.FatalException, duckdb.InternalException, duckdb.SerializationException, duckdb.IOException)
+_DAMAGED = "bring back a copy, or move the file away and measure again; labels are in it too (`featlas labels export` saves them)"
 
 
 class NotAStatisticsStore(UserError):
     """The file cannot be opened as a statistics store."""
+
+
+class StatisticsDamaged(FeatlasError):
+    """The file holds what DuckDB did not write there."""
 
 
 class NewerStatisticsStore(UserError):
@@ -199,22 +211,32 @@ def _scaled(covariance: FloatArray, variance_i: FloatArray, variance_j: FloatArr
     return np.clip(np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0), -1.0, 1.0)
 
 
+CONFINED: Mapping[str, str | bool | int | float | list[str]] = {"enable_external_access": False, "lock_configuration": True}
+"""How every handle is opened: a file from somebody else may hold views that would read other files, or fetch and load an extension."""
+
+
 class StatisticsStore:
     """Opens, or creates, a statistics store; a context manager. `path` is its file (`*.duckdb`), or the folder of an atlas, which is made.
 
-    While another process holds the file, `wait_s` seconds are waited for it. Raises `NotAStatisticsStore`, `NewerStatisticsStore`,
-    `OlderStatisticsStore` (read_only) and `StatisticsStoreHeld`.
+    While another process holds the file, `wait_s` seconds (`holders.patience()`) are waited for it. `beside` are files that may be attached to it,
+    no others may. Raises `NotAStatisticsStore`, `NewerStatisticsStore`, `OlderStatisticsStore` (read_only) and `StatisticsStoreHeld`.
     """
 
     def __init__(
-        self, path: str | Path, *, read_only: bool = False, steps: Sequence[Migration] | None = None, wait_s: float = WAIT_S
+        self, path: str | Path, *, read_only: bool = False, steps: Sequence[Migration] | None = None, wait_s: float | None = None,
+        beside: Sequence[Path] = (),
     ) -> None:
         self.path = _file(Path(path), read_only)
-        self._connection = _connect(self.path, read_only, wait_s)
+        self._connection = _connect(self.path, read_only, wait_s, beside)
         try:
             self._migrate(tuple(steps) if steps is not None else migrations(), read_only)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, duckdb.IOException | duckdb.FatalException | duckdb.InternalException):
+                raise NotAStatisticsStore(
+                    f"{self.path} is damaged ({str(error).splitlines()[0]}): put a copy of it in its place (`featlas atlas copy` makes them),"
+                    " or move it away and measure again"
+                ) from error
             raise
 
     def __enter__(self) -> "StatisticsStore":
@@ -268,7 +290,19 @@ class StatisticsStore:
     # -- SQL -------------------------------------------------------------------------------------------------
 
     def _fetch(self, sql: Any, parameters: object = None) -> list[tuple[Any, ...]]:
-        return self._connection.execute(sql, parameters).fetchall()
+        with self._readable():
+            return self._connection.execute(sql, parameters).fetchall()
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """A full disk and a damaged file are said as such; what is wrong with a statement stays DuckDB's own error."""
+        try:
+            with on_disk(self.path):
+                yield
+        except duckdb.Error as error:
+            if type(error) is not duckdb.Error and not isinstance(error, _BROKEN):
+                raise
+            raise StatisticsDamaged(f"{self.path} is damaged ({str(error).splitlines()[0][:200]}): {_DAMAGED}") from error
 
     def _run(self, sql: Any, parameters: object = None) -> None:
         # A connection is busy until its result is fetched to the end.
@@ -276,7 +310,8 @@ class StatisticsStore:
 
     def query(self, sql: str, parameters: object = None) -> pl.DataFrame:
         """The answer to one SELECT with its parameters (`?` and a list, or `$name` and a mapping)."""
-        frame = pl.from_arrow(self._connection.sql(sql, params=parameters).to_arrow_table())
+        with self._readable():
+            frame = pl.from_arrow(self._connection.sql(sql, params=parameters).to_arrow_table())
         assert isinstance(frame, pl.DataFrame)  # a table never becomes a series
         return frame
 
@@ -291,7 +326,8 @@ class StatisticsStore:
             with suppress(duckdb.Error):
                 self._connection.rollback()
             raise
-        self._connection.commit()
+        with on_disk(self.path):
+            self._connection.commit()
 
     def _insert(self, table: str, frame: pl.DataFrame) -> None:
         """Append rows; `table` is always one of this module's own names."""
@@ -385,7 +421,7 @@ class StatisticsStore:
 
     def parts(self, run: str) -> Path:
         """Where a run that is going on keeps what is too large for its state; gone when it is done."""
-        return self.path.parent / f"{self.path.stem}.parts" / run
+        return parts_folder(self.path, run)
 
     def find_run(self, name: str | None = None) -> RunRecord:
         """The run whose key begins with `name`, or the one that was done last. Raises `NoSuchRun`."""
@@ -670,6 +706,12 @@ def _now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
+def parts_folder(path: Path, run: str) -> Path:
+    """`StatisticsStore.parts` of a store that is not open; `path` is its file, or the folder of an atlas."""
+    file = path if path.suffix == Path(FILE_NAME).suffix else path / FILE_NAME
+    return file.parent / f"{file.stem}.parts" / run
+
+
 def _file(path: Path, read_only: bool) -> Path:
     if path.is_file() or path.suffix == Path(FILE_NAME).suffix:
         return path
@@ -678,23 +720,53 @@ def _file(path: Path, read_only: bool) -> Path:
     return path / FILE_NAME
 
 
-def _connect(path: Path, read_only: bool, wait_s: float = WAIT_S) -> duckdb.DuckDBPyConnection:
+def _unfinished(path: Path) -> bool:
+    """Whether the making of a file was cut off before its first `HEADER_BYTES` stood: it can hold nothing, and no other process holds it."""
+    try:
+        with path.open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            begun = file.read(HEADER_BYTES)
+        ours = begun[8:12] == b"DUCK" or not any(begun)  # never a file of somebody else's
+        return ours and len(begun) < HEADER_BYTES and not path.with_name(path.name + ".wal").exists()
+    except OSError:
+        return False
+
+
+def _beside(connection: duckdb.DuckDBPyConnection, files: Sequence[Path]) -> duckdb.DuckDBPyConnection:
+    """A handle that may attach these files, with their logs, and is confined as every other."""
+    allowed = ", ".join("'" + str(file).replace("'", "''") + end for file in files for end in ("'", ".wal'", ".wal.checkpoint'", ".wal.recovery'"))
+    connection.execute(f"SET allowed_paths = [{allowed}]")
+    for name, value in CONFINED.items():
+        connection.execute(f"SET {name} = {value!r}")
+    return connection
+
+
+def _connect(path: Path, read_only: bool, wait_s: float | None = None, beside: Sequence[Path] = ()) -> duckdb.DuckDBPyConnection:
     if read_only and not path.exists():
         raise NotAStatisticsStore(f"no statistics store at {path}: `featlas ingest statistics` makes one")
     if not path.parent.is_dir():
         raise NotAStatisticsStore(f"folder {path.parent} for {path.name} does not exist: create it, or choose another atlas by --atlas")
+    wait_s = holders.patience() if wait_s is None else wait_s
     until = time.monotonic() + wait_s
     while True:
         try:
-            return duckdb.connect(path, read_only=read_only)
+            return _beside(duckdb.connect(path), beside) if beside else duckdb.connect(path, read_only=read_only, config=dict(CONFINED))
         except duckdb.IOException as error:
+            if is_full(error):
+                raise DiskFull(path) from error
             message = str(error).splitlines()[0]
+            if not read_only and _unfinished(path):
+                log.warning("%s was cut off when it was made, and is made anew", path)
+                path.unlink()
+                continue
             if "lock" not in message.lower():
                 raise NotAStatisticsStore(f"{path} cannot be opened as a statistics store ({message}): choose another atlas by --atlas") from error
             if time.monotonic() >= until:
                 by = re.search(r"\bPID (\d+)", message)
-                who = f"another process{f' ({by[1]})' if by else ''}"
-                raise StatisticsStoreHeld(f"{who} holds {path}: wait until it ends, or choose another atlas by --atlas") from error
-        except duckdb.ConnectionException as error:
+                who = holders.held_by(int(by[1]) if by else None)
+                raise StatisticsStoreHeld(f"{path} is held by {who}: {holders.way_out(wait_s)}, or choose another atlas by --atlas") from error
+        except duckdb.Error as error:
+            if not isinstance(error, duckdb.ConnectionException):
+                raise NotAStatisticsStore(f"{path} is damaged ({str(error).splitlines()[0][:200]}): {_DAMAGED}") from error
             raise StatisticsStoreHeld(f"{path} is open in this process in another mode: close it first ({str(error).splitlines()[0]})") from error
         time.sleep(0.05)

@@ -11,15 +11,16 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import polars as pl
 
 from ..errors import FeatlasError, UserError
+from .credentials import authorities, password_of
 from .schema import SCHEMA_VERSION, EdgeType, attributes_frame, edge_type, mark_key
 
 SERVER_SCHEMES = tuple(f"{scheme}{security}://" for scheme in ("bolt", "neo4j") for security in ("", "+s", "+ssc"))
@@ -174,16 +175,20 @@ def cut_to(rows: Sequence[Sequence[object]], limit: int | None) -> tuple[Sequenc
 
 @dataclass(frozen=True)
 class ServerCredentials:
-    """Who to be on a server and which of its databases to use; None leaves it to the server (its default database)."""
+    """Who to be on a server and which of its databases to use; None leaves it to the server (its default database).
+
+    `authorities` is a file of certificates that the server's own must be signed by; the system's unless given.
+    """
 
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     database: str | None = None
+    authorities: Path | None = None
 
     @staticmethod
     def from_environment() -> "ServerCredentials":
-        """NEO4J_USERNAME, NEO4J_PASSWORD and NEO4J_DATABASE, where set."""
-        return ServerCredentials(os.environ.get("NEO4J_USERNAME"), os.environ.get("NEO4J_PASSWORD"), os.environ.get("NEO4J_DATABASE"))
+        """As the environment says; see `credentials`."""
+        return ServerCredentials(os.environ.get("NEO4J_USERNAME"), password_of(), os.environ.get("NEO4J_DATABASE"), authorities())
 
 
 class GraphStore(ABC):
@@ -261,6 +266,15 @@ class GraphStore(ABC):
         self.close()
 
 
+@runtime_checkable
+class BlockReader(Protocol):
+    """A store that reads a run's `ATTRIBUTES` in blocks in one pass over them, where each range of keys would be a pass of its own."""
+
+    def edge_blocks(self, run: str, size: int) -> Iterator[pl.DataFrame]:
+        """As `runs.edge_blocks` gives them."""
+        ...
+
+
 def is_server(target: str | Path) -> bool:
     """Whether a target names a server (by its scheme) and not a file."""
     return "://" in str(target)
@@ -281,6 +295,8 @@ def open_graph(target: str | Path, *, credentials: ServerCredentials | None = No
                 f"{scheme}://…@{rest.rpartition('@')[2]}: a name or password in the address would be shown in logs and lists of processes: "
                 "give them as NEO4J_USERNAME and NEO4J_PASSWORD"
             )
+        if "?" in str(target):  # never shown: somebody may have put a password there
+            raise NotAGraph(f"{str(target).partition('?')[0]}?…: a server's address has nothing behind a question mark: leave it out")
         from .server import Neo4jStore
 
         return Neo4jStore(str(target), credentials or ServerCredentials.from_environment(), read_only=read_only)

@@ -84,6 +84,14 @@ def clean_neo4j(neo4j_server: Neo4jTestServer) -> Neo4jTestServer:
 
 
 @pytest.fixture
+def known_neo4j(clean_neo4j: Neo4jTestServer, monkeypatch: pytest.MonkeyPatch) -> Neo4jTestServer:
+    """`clean_neo4j`, with its user and password in the environment."""
+    monkeypatch.setenv("NEO4J_USERNAME", clean_neo4j.username)
+    monkeypatch.setenv("NEO4J_PASSWORD", clean_neo4j.password)
+    return clean_neo4j
+
+
+@pytest.fixture
 def featlas(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> "Callable[..., tuple[int, str, str]]":
     """Run featlas in this process, without the surroundings' settings: (exit code, standard output, standard error)."""
     from featlas import cli

@@ -15,7 +15,7 @@ from featlas.ingest.pipeline import EdgeOptions, Progress, ingest_edges
 
 def options_of(described: dict[str, object]) -> EdgeOptions:
     """The options from their JSON form."""
-    settings = EdgeSettings(positions=Positions(described.pop("positions", "sum")))
+    settings = EdgeSettings(positions=Positions(described.pop("positions", "sum")), steps=int(str(described.pop("steps", 10))))
     return EdgeOptions(**{**described, "atlas": Path(str(described["atlas"])), "settings": settings})
 
 

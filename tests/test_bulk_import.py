@@ -1,5 +1,6 @@
 """The offline importer: what is loaded equals what the embedded store holds, awkward texts included; nothing is ever overwritten."""
 
+import gzip
 import math
 import shutil
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from featlas.queries.bulk_import import (
     require_empty,
     write_import_files,
 )
+from featlas.queries.import_sink import ImportSink
 from featlas.queries.schema import NODES
-from featlas.queries.store import GraphStore, ServerCredentials, UnknownEndpoint, open_graph
+from featlas.queries.store import GraphStore, SequenceCommit, ServerCredentials, UnknownEndpoint, open_graph
 
 from .servers import THROWAWAY
 
@@ -122,15 +124,22 @@ def test_imported_graph_equals_the_embedded_one(neo4j_jars: None, embedded: Grap
 def test_started_but_empty_database_is_loaded_and_a_failed_import_can_be_repeated(neo4j_jars: None, embedded: GraphStore, tmp_path: Path) -> None:
     home = tmp_path / "server"
     files = export_import_files(embedded, tmp_path / "files")
+    with ImportSink(tmp_path / "measured") as sink:  # as while a run is measured
+        nodes, edges = weird_graph()
+        for label, rows in nodes.items():
+            sink.merge_nodes(label, rows)
+        sink.merge_edges("PART_OF", edges["PART_OF"])
+        for (sequence,), rows in edges["ATTRIBUTES"].partition_by("sequence", as_dict=True).items():
+            sink.commit_sequences([SequenceCommit("run", sequence, rows.drop("run", "sequence"))])
     broken = shutil.copytree(files.folder, tmp_path / "broken")
-    (broken / "edges-PART_OF-Block-Block-0000.csv").write_text('"b1","nowhere"\n')
+    (broken / "edges-PART_OF-Block-Block-0000.csv.gz").write_bytes(gzip.compress(b'"b1","nowhere"\n'))
     try:
         info = launcher.up(home, THROWAWAY)
         with open_graph(info.uri, credentials=ServerCredentials(info.username, info.password)):
             pass  # has the schema and its version node, and nothing else: that counts as empty
         with pytest.raises(launcher.AdminFailed, match="nowhere"):
             bulk_import(broken, home, THROWAWAY)
-        again = bulk_import(files.folder, home, THROWAWAY)
+        again = bulk_import(tmp_path / "measured", home, THROWAWAY)
         assert again.password == info.password
         with open_graph(again.uri, credentials=ServerCredentials(again.username, again.password)) as server:
             assert content(server)["ATTRIBUTES"].equals(content(embedded)["ATTRIBUTES"])
@@ -150,18 +159,19 @@ def test_import_files_say_what_they_hold(tmp_path: Path) -> None:
     edges = {"INFLUENCES": pl.DataFrame({"source": ["a", "a"], "target": ["b", 'c"'], "run": ["r", "r"], "weight": [0.5, math.inf]})}
     files = write_import_files(nodes, edges, tmp_path / "files", rows_per_file=2)
     assert (files.n_nodes, files.n_edges) == (4, 2)
-    text = {path.name: path.read_text() for path in files.folder.iterdir()}
+    text = {path.name: gzip.decompress(path.read_bytes()).decode() for path in files.folder.glob("*.gz")}
+    text |= {path.name: path.read_text() for path in files.folder.iterdir() if path.suffix != ".gz"}
     assert text["nodes-Feature-header.csv"] == "key:ID(Feature),label:string,index:long\n"
-    assert text["nodes-Feature-0000.csv"] == '"a","",1\n"b",,2\n'
-    assert text["nodes-Feature-0001.csv"] == '"c""","x,y",\n'
+    assert text["nodes-Feature-0000.csv.gz"] == '"a","",1\n"b",,2\n'
+    assert text["nodes-Feature-0001.csv.gz"] == '"c""","x,y",\n'
     assert text["edges-INFLUENCES-Feature-Feature-header.csv"] == ":START_ID(Feature),:END_ID(Feature),run:string,weight:double\n"
-    assert text["edges-INFLUENCES-Feature-Feature-0000.csv"] == '"a","b","r","0.5"\n"a","c""","r","Infinity"\n'
-    assert text["nodes-Meta-0000.csv"] == '"schema_version","1"\n'
+    assert text["edges-INFLUENCES-Feature-Feature-0000.csv.gz"] == '"a","b","r","0.5"\n"a","c""","r","Infinity"\n'
+    assert text["nodes-Meta-0000.csv.gz"] == '"schema_version","1"\n'
     assert text["import.args"].splitlines() == [
         "--id-type=string",
-        "--nodes=Meta=nodes-Meta-header.csv,nodes-Meta-0000.csv",
-        "--nodes=Feature=nodes-Feature-header.csv,nodes-Feature-0000.csv,nodes-Feature-0001.csv",
-        "--relationships=INFLUENCES=edges-INFLUENCES-Feature-Feature-header.csv,edges-INFLUENCES-Feature-Feature-0000.csv",
+        "--nodes=Meta=nodes-Meta-header.csv,nodes-Meta-0000.csv.gz",
+        "--nodes=Feature=nodes-Feature-header.csv,nodes-Feature-0000.csv.gz,nodes-Feature-0001.csv.gz",
+        "--relationships=INFLUENCES=edges-INFLUENCES-Feature-Feature-header.csv,edges-INFLUENCES-Feature-Feature-0000.csv.gz",
     ]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import polars as pl
@@ -30,15 +31,19 @@ from featlas.analysis.circuits import (
     Selection,
     UnknownNodes,
     UnknownTask,
+    cut_effects,
     extract,
+    first_path,
     nested,
     read_circuit,
     root_sites,
     run_candidates,
     run_circuit,
+    select,
     site_summary,
     strengths,
     strongest_paths,
+    threshold_for,
     top_nodes,
     write_circuit,
 )
@@ -134,8 +139,20 @@ def test_one_sequence_sums_positions_or_keeps_them() -> None:
     assert kept.nodes["influence"].to_list() == pytest.approx([0.8, 0.2, 1.0, 1.0])
 
 
+def test_the_first_path_is_the_one_whose_weakest_edge_is_strongest() -> None:
+    """Of the paths to y: a-c-f-y has 3 as its weakest edge, a-d-f-y and b-c-f-y 1, a-e-f-y 0.25."""
+    def first(edges: list[tuple[str, str, float]]) -> float | None:
+        return first_path(Candidates.of(strengths(influences(edges), Selection("r")), features(), ["resid_0"]))
+
+    assert first(EDGES) == 3.0
+    assert first([edge for edge in EDGES if edge[:2] != ("a", "c")]) == 1.0
+    assert first([edge for edge in EDGES if edge[:2] != ("f", "y")]) is None
+    assert first([("a", "c", 0.0), ("c", "y", 1.0)]) is None  # an edge of strength 0 is none
+    assert first([("a", "c", 0.12345), ("c", "y", 1.0)]) == 0.123
+
+
 def test_errors_name_the_value_and_the_way_out() -> None:
-    with pytest.raises(EmptyCircuit, match=r"threshold 50 .* strongest has 5; lower --threshold"):
+    with pytest.raises(EmptyCircuit, match=r"threshold 50 .* strongest has 5; the first path is whole at --threshold 3, with the 3 strongest"):
         extract(influences(), features(), Selection("r", threshold=50.0))
     with pytest.raises(NoEdges, match=r"run 'r' has no edges"):
         extract(influences().clear(), features(), Selection("r"))
@@ -352,14 +369,16 @@ def test_set_operations_are_those_of_sets(seed: int) -> None:
 
 def test_edges_and_nodes_by_hand(tmp_path: Path) -> None:
     rows = strengths(influences(), Selection("r"))
-    file = tmp_path / "edges.csv"
+    folder = tmp_path / "by[hand]*"  # which is no pattern
+    folder.mkdir()
+    file = folder / "edges.csv"
     file.write_text("source,target,weight\na,c,\nc,f,\nf,y,\na,d,0.5\n")
     by_edges = chosen(rows, features(), file_choice(file), Selection("r"), ["resid_0"])
     assert weights(by_edges) == {("a", "c"): 3.0, ("c", "f"): 4.0, ("f", "y"): 5.0}  # d leads nowhere
     unpruned = chosen(rows, features(), file_choice(file), Selection("r", pruned=False), ["resid_0"])
     assert weights(unpruned)["a", "d"] == 0.5
     assert unpruned.selection.description == "file edges.csv; not pruned"
-    lines = tmp_path / "nodes.jsonl"
+    lines = folder / "nodes.jsonl"
     lines.write_text('{"key": "a"}\n{"key": "c"}\n{"key": "d"}\n{"key": "f"}\n')
     by_nodes = chosen(rows, features(), file_choice(lines), Selection("r"), ["resid_0"])
     assert set(weights(by_nodes)) == {("a", "c"), ("c", "f"), ("f", "y"), ("a", "d"), ("d", "f")}
@@ -391,6 +410,32 @@ def test_positions_by_hand() -> None:
         chosen(measured, features(), Choice(given.select("source", "target"), "by hand"), selection, ["resid_0"])
     with pytest.raises(NotCombined, match="positions apart"):
         combine(Operation.UNION, [kept, made(EDGES)])
+
+
+def test_only_the_edges_that_are_kept_are_read_and_the_circuit_is_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with stored_graph(tmp_path) as store:
+        store.query("MATCH (r:Run) SET r.settings = $settings", {"settings": '{"roots": ["resid_0"]}'}, write=True)
+        run = find_run(store)
+        everything, known, roots = store.read_edges("INFLUENCES", run=run.key), model_features(store, run.model), ["resid_0"]
+        whole = Mock(side_effect=AssertionError("every edge was read"))
+        for by in By:
+            for selection in (Selection(run.key, 1.0, by), Selection(run.key, 3.0, by), Selection(run.key, 0.3, by, top_edges=3)):
+                expected = extract(everything, known, selection, roots=roots)
+                with monkeypatch.context() as patched:
+                    patched.setattr(type(store), "_read_edges", whole)
+                    found = run_circuit(store, run, selection)
+                    cut = cut_effects(store, run, selection)
+                assert found.edges.equals(expected.edges)
+                assert found.key == expected.key
+                assert cut.height == select(strengths(everything, selection), selection).height
+            for n_edges in (3, 4, 7, 8, 100):
+                rows = strengths(everything, Selection(run.key, by=by))
+                expected = extract(everything, known, Selection(run.key, threshold_for(rows, n_edges), by), roots=roots)
+                assert run_circuit(store, run, Selection(run.key, by=by), n_edges=n_edges).edges.equals(expected.edges)
+        first = run_circuit(store, run, Selection(run.key), n_edges=1)  # f -> y alone is no path from an input
+        assert (first.selection.threshold, first.n_edges) == (3.0, 3)
+        with pytest.raises(EmptyCircuit, match=r"first path is whole at --threshold 3,"):
+            run_circuit(store, run, Selection(run.key, 4.5))
 
 
 def mixture(folder: Path) -> GraphStore:

@@ -76,8 +76,8 @@ def test_each_command_has_help(command: tuple[str, ...]) -> None:
 
 def test_commands_are_those_of_the_design() -> None:
     assert set(all_commands()) == {
-        ("demo",), ("doctor",), ("query",), ("report",), ("serve",), ("export",), ("compare",), ("analyze", "joint"), ("neo4j", "import"),
-        ("import", "circuit-tracer"), ("neo4j", "browser"),
+        ("demo",), ("doctor",), ("plan",), ("query",), ("report",), ("serve",), ("export",), ("compare",), ("analyze", "joint"), ("neo4j", "import"),
+        ("import", "circuit-tracer"), ("import", "files"), ("neo4j", "browser"),
         ("tasks", "list"), ("tasks", "show"), ("tasks", "build"), ("tasks", "check"), ("tasks", "bios"), ("tasks", "probe"),
         ("dictionaries", "list"), ("dictionaries", "train"), ("dictionaries", "evaluate"), ("ingest", "edges"), ("ingest", "statistics"),
         ("ingest", "samples"), ("ingest", "aligned"), ("analyze", "match"),
@@ -85,11 +85,12 @@ def test_commands_are_those_of_the_design() -> None:
         ("ingest", "finish"), ("ingest", "weights"), ("ingest", "correlations"), ("ingest", "definitions"), ("analyze", "circuit"),
         ("analyze", "agreement"), ("analyze", "selectivity"), ("analyze", "faithfulness"), ("analyze", "effects"), ("analyze", "mixture"),
         ("analyze", "improve"), ("analyze", "rois"), ("analyze", "ablate-rois"), ("analyze", "communities"), ("analyze", "heads"),
-        ("analyze", "vision"), ("explain", "ablation"), ("explain", "attribution"),
+        ("analyze", "rank"), ("analyze", "paths"), ("analyze", "vision"), ("explain", "ablation"), ("explain", "attribution"),
         ("labels", "set"), ("labels", "remove"), ("labels", "import"), ("labels", "export"), ("labels", "auto"), ("labels", "list"),
         ("labels", "search"),
         ("plot",), ("neo4j", "up"), ("neo4j", "down"), ("neo4j", "status"),
         ("config", "path"), ("config", "show"), ("config", "init"),
+        ("atlas", "info"), ("atlas", "check"), ("atlas", "copy"), ("atlas", "prune"),
     }  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def test_circuit_by_threshold_is_printed_written_and_repeated(atlas: Path) -> No
 
 
 def test_circuit_mistakes(atlas: Path) -> None:
-    mistake(featlas("analyze", "circuit", "--threshold", 1e9, "--atlas", atlas), 2, "1e+09", "lower --threshold")
+    mistake(featlas("analyze", "circuit", "--threshold", 1e9, "--atlas", atlas), 2, "1e+09", "the first path is whole at --threshold")
     mistake(featlas("analyze", "circuit", "--run", "zzz", "--atlas", atlas), 2, "zzz", "abc123")
     mistake(featlas("analyze", "circuit", "--sequence", "zzz", "--atlas", atlas), 2, "zzz")
 

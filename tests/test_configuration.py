@@ -95,6 +95,7 @@ def test_lists_are_given_as_the_command_line_takes_them(places: dict[str, Path])
     ("[ingest.edges]\njson = true", "'json' is for the command line alone"),
     ("[ingest.edges]\ntask = 'nonsense'", "there is no task 'nonsense'"),
     ("limit = ", "is no TOML"),
+    ("limit = " + "[" * 5000, "nested too deep"),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_with_the_way_out(places: dict[str, Path], text: str, message: str) -> None:
     path = write(places["project"], text + "\n")

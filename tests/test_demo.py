@@ -11,6 +11,8 @@ from featlas import cli
 from featlas.demo import DemoOptions, NothingSolved, run_demo
 from featlas.queries.store import open_graph
 
+from .golden_runs import golden
+
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 
@@ -30,6 +32,9 @@ def test_demo_leaves_a_graph_a_page_and_three_commands_that_work(tmp_path: Path,
     # what a person reads are tokens: nearly all of the most influential features have names
     names = [name for name in report.notes["name"] if not name.startswith("feature ")]
     assert len(names) / report.notes.height > 0.8
+    # before the commands: one of them saves a circuit of its own
+    differing = golden.differences(golden.read("demo"), golden.numbers(options.atlas))
+    assert not differing, golden.table(differing)
     assert len(report.options.commands) == 3
     for command in report.options.commands:
         assert command in said

@@ -423,7 +423,7 @@ def test_a_shuffled_run_has_no_place_in_the_graph(store, model, tmp_path):
 def test_a_run_beyond_its_memory_comes_to_the_same_tables(finished, store, model, monkeypatch):
     reference, run = finished
     monkeypatch.setattr(products, "TILE_BYTES", 64)
-    monkeypatch.setattr("featlas.ingest.statistics.LEAST_MEMORY", 1)
+    monkeypatch.setattr("featlas.ingest.statistics_options.LEAST_MEMORY", 1)
     monkeypatch.setattr(products, "FLUSH_ROWS", 150)
     assert ingest(store, model, activations(), replace(OPTIONS, memory=2000)).run == run
     assert not store.parts(run).exists()

@@ -31,6 +31,8 @@ def test_what_an_interrupted_command_says() -> None:
     said = explained(("ingest", "edges"), Reached("edges", 1037, 2100), ARGUMENTS)
     assert said == f"interrupted: 1,037 of 2,100 sequences are in the atlas; {again}"
     assert explained(("ingest", "edges"), None, ARGUMENTS) == f"interrupted: what was written before stays; {again}"
+    files = explained(("ingest", "edges"), Reached("edges", 1, 4), [*ARGUMENTS, "--import-files", "imp"])
+    assert files.startswith("interrupted: 1 of 4 sequences are in the import files; ")
     lost = explained(("analyze", "faithfulness"), Reached("sequences", 12, 32), ["analyze", "faithfulness"])
     assert lost == "interrupted (sequences: 12 of 32): what was measured is not written; the same command begins anew: featlas analyze faithfulness"
     unknown = explained(("query",), None, ["query", "hubs"])
@@ -247,9 +249,10 @@ def test_statistics_interrupted_at_random_moments_are_those_of_a_whole_run(tiny:
 def test_samples_interrupted_leave_nothing_behind(tiny: Path, tmp_path: Path) -> None:
     named = ["--model", tiny / "model", "--dictionaries", "identity", "--sites", "resid_0,resid_1", "--corpus", tiny / "corpus.txt"]
     command = ["ingest", "samples", *named, "--length", 20, "--batch-size", 2, "--atlas", tmp_path / "atlas"]
-    seconds = whole_run(*command[:-1], tmp_path / "whole")
-    child = Child(*command)
-    child.interrupt(seconds / 2)
+    child, until = Child(*command), time.monotonic() + 120
+    while not list((tmp_path / "atlas").glob("samples/.*")) and time.monotonic() < until:
+        time.sleep(0.005)
+    child.interrupt(0.0)
     code, _, err = child.ended()
     assert code == 130, err
     assert "nothing was written" in err

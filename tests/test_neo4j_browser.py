@@ -13,7 +13,6 @@ from urllib.parse import urlencode
 import polars as pl
 import pytest
 from featlas.analysis.circuits import Selection, run_circuit, write_circuit
-from featlas.queries.bulk_import import read_whole_graph
 from featlas.queries.neo4j_browser import (
     ONLY_ASKED,
     NotANeo4j,
@@ -29,7 +28,9 @@ from featlas.queries.neo4j_browser import (
     unmark,
     write_browser_files,
 )
+from featlas.queries.schema import EDGES, NODES
 from featlas.queries.store import GraphStore, ServerCredentials, open_graph
+from featlas.queries.streaming import edge_blocks, node_blocks
 from featlas.queries.subgraphs import find_run
 
 from .chromium import CHROMIUM
@@ -135,12 +136,11 @@ def test_an_embedded_graph_has_no_browser(asked: GraphStore) -> None:
 def copied(source: GraphStore, server: "Neo4jTestServer") -> GraphStore:
     """The graph of `source` on the server."""
     target = open_graph(server.uri, credentials=ServerCredentials(server.username, server.password, "neo4j"))
-    nodes, edges = read_whole_graph(source)
-    for label, rows in nodes:
-        if label != "Meta" and rows.height:
+    for label in NODES:
+        for (rows,) in node_blocks(label, source) if label != "Meta" else ():
             target.merge_nodes(label, rows)
-    for type, rows in edges:
-        if rows.height:
+    for type in EDGES:
+        for (rows,) in edge_blocks(type, source):
             target.merge_edges(type, rows)
     return target
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from featlas.pages.commands import commands_of
 from featlas.pages.document import PACKED_FROM, document, embedded
 from featlas.pages.payload import BadPageParameter, UnknownPage, answer, feature_pages
 from featlas.pages.report import NothingToReport, ReportOptions, contents, render
@@ -21,6 +22,7 @@ from featlas.queries.pages import circuits_of
 from featlas.queries.schema import NODES
 from featlas.queries.statistics import StatisticsStore
 from featlas.queries.store import open_graph
+from featlas.queries.subgraphs import RunRow
 
 from .layered_circuit import HOSTILE
 from .page_atlas import MODEL, RUN, SEQUENCES, SITES, PageAtlas, key_of, page_atlas
@@ -269,3 +271,15 @@ def test_nodes_have_every_property_of_the_schema_null_where_they_have_none(tmp_p
         (circuit,) = circuits_of(store)
     assert set(NODES["Circuit"].all_columns) <= set(circuit)
     assert (circuit["key"], circuit["run"], circuit["faithfulness"]) == ("c", "r", None)
+
+
+def test_the_command_that_made_a_run_has_what_its_key_depends_on(tmp_path: Path) -> None:
+    settings = {"metric": "logit_diff", "baseline": "mean", "steps": 1, "threshold": 0.5, "first_factor": "exact", "per_position": True}
+    options = {"model": "m", "task": "a b.jsonl", "seed": 0, "bos": False, "skip_invalid": True, "dtype": "bfloat16", "statistics_run": "s1"}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "r1.json").write_text(json.dumps({"options": {**options, "settings": settings}}), encoding="utf-8")
+    said = commands_of(tmp_path, [RunRow("r1", "m", "a b", "logit_diff", {}, {})])
+    assert said == [
+        "featlas ingest edges --model m --task 'a b.jsonl' --dtype bfloat16 --statistics-run s1 --baseline mean --steps 1 --threshold 0.5"
+        f" --mean per-position --bos no --skip-invalid --atlas {tmp_path}"
+    ]

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 import torch
 from featlas.errors import UserError
-from featlas.ingest import pipeline
+from featlas.ingest import pipeline, writing
 from featlas.ingest.effective import Baseline, EdgeSettings, Positions, attribute, prepare
 from featlas.ingest.pipeline import EdgeOptions, aggregate, finish_run, ingest_edges, plan_run
 from featlas.ingest.statistics import StatisticsOptions, measure_statistics, pair_corpus
@@ -231,7 +231,7 @@ def test_a_store_that_is_down_is_said_in_one_line(tiny, tmp_path, monkeypatch):
 
 
 def test_an_error_of_the_writer_stops_the_run_and_leaves_whole_sequences(tiny, tmp_path, monkeypatch):
-    original = pipeline._NodeTable.unseen
+    original = writing.NodeTable.unseen
     calls = []
 
     def failing(self, blocks):
@@ -240,7 +240,7 @@ def test_an_error_of_the_writer_stops_the_run_and_leaves_whole_sequences(tiny, t
             raise ValueError("disk on fire")
         return original(self, blocks)
 
-    monkeypatch.setattr(pipeline._NodeTable, "unseen", failing)
+    monkeypatch.setattr(writing.NodeTable, "unseen", failing)
     with pytest.raises(pipeline.WriterFailed, match="disk on fire"):
         ingest_edges(options(tiny, tmp_path / "broken"))
     monkeypatch.undo()

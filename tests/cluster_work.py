@@ -1,0 +1,39 @@
+"""What tests give to workers: small functions that a worker's process can import."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from featlas.errors import UserError
+
+
+class LongWay(UserError):
+    """An error whose constructor wants more than its message."""
+
+    def __init__(self, metres: int, *, to: str) -> None:
+        super().__init__(f"{metres} m to {to}")
+
+
+def squares(folder):
+    """A worker that squares; a shard's first visit is written down, so that `die once` knows whether it was here."""
+
+    def work(shard):
+        what, number = shard
+        visits = Path(folder, f"{what}-{number}")
+        visits.write_text(visits.read_text() + "x" if visits.exists() else "x")
+        if what == "always" or (what == "once" and visits.read_text() == "x"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "refuse":
+            raise LongWay(number, to="go")
+        if what == "break":
+            raise KeyError(number)
+        time.sleep(0.02)
+        return number**2, os.getpid(), Path.cwd(), os.environ.get("OMP_NUM_THREADS"), os.environ.get("SECRET_OF_TESTS")
+
+    return work
+
+
+def unmade():
+    """A worker that dies while it is made."""
+    os.kill(os.getpid(), signal.SIGKILL)
