@@ -4,8 +4,9 @@
 2. Each worker is one process with one GPU or one share of the cores. It makes its tools once (`make_worker`: model, dictionaries) and then
    takes shards, one at a time; one more waits in front of it, so that it never idles while results are written.
 3. A result is handed to `on_result` before more work is given out: whoever writes slowly holds the workers back.
-4. A worker that dies is replaced, and its shards are done again. A shard that was under work in `ATTEMPTS` workers when they died is an
-   error that names it; so is a worker that cannot be made.
+4. A worker that dies is replaced, and its shards are done again, each alone: an answer may die with who gave it, so of two shards it is not
+   known which one a worker died over. A shard over which `ATTEMPTS` workers may have died is an error that names it; so is a worker that
+   cannot be made.
 
 Results come in any order. What a worker raises ends the run: only death is tried again. Light: neither Ray nor torch is imported before use.
 """
@@ -568,11 +569,13 @@ class _Crew(Generic[Shard, Result]):
         return place.pending[0][1] if place.pending else None
 
     def _give(self, place: _Place) -> None:
-        """Fill a worker's hands; the last shards are not laid in front of one worker while another has none."""
+        """Fill a worker's hands; the last shards are not laid in front of one worker while another has none, nor any beside a suspect."""
         if place.starting is not None:
             return
         limit = IN_FLIGHT if len(self.waiting) > len(self.places) else 1
         while self.waiting and len(place.pending) < limit:
+            if place.pending and not {self.waiting[0], place.pending[0][0]}.isdisjoint(self.deaths):
+                return
             shard = self.waiting.popleft()
             place.pending.append((shard, place.actor.work.remote(self.shards[shard])))
 
@@ -607,13 +610,13 @@ class _Crew(Generic[Shard, Result]):
                 raise WorkersLost(f"{ATTEMPTS} workers died while they loaded ({reason}): {_LESS}") from error
             told = f"a worker died while it loaded ({reason}); another takes its place"
         else:
-            shard = place.pending[0][0]
-            self.deaths[shard] = self.deaths.get(shard, 0) + 1
-            name = self.label(self.shards[shard])
-            if self.deaths[shard] >= ATTEMPTS:
+            suspects = [shard for shard, _ in place.pending]
+            self.deaths.update({shard: self.deaths.get(shard, 0) + 1 for shard in suspects})
+            name = " or ".join(self.label(self.shards[shard]) for shard in suspects)
+            if self.deaths[suspects[0]] >= ATTEMPTS:  # which is alone: no suspect has company
                 raise WorkersLost(f"{ATTEMPTS} workers died over {name} ({reason}): {_LESS}") from error
             told = f"a worker died over {name} ({reason}); another does it again"
-        # First what the dead one was at, then what waited in front of it.
+        # First, in their order, what the dead one was at.
         self.waiting.extendleft(shard for shard, _ in reversed(place.pending))
         with suppress(Exception):
             self.ray.kill(place.actor)

@@ -37,3 +37,19 @@ def squares(folder):
 def unmade():
     """A worker that dies while it is made."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_once(make_worker, marker):
+    """The worker that `make_worker` makes; the first shard of all, done and not yet told, is the death of who did it."""
+    work = make_worker()
+
+    def done(shard):
+        result = work(shard)
+        try:
+            Path(marker).touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        except FileExistsError:
+            pass
+        return result
+
+    return done

@@ -139,3 +139,15 @@ def store(tiny: "TinyAtlas") -> "Iterator[GraphStore]":
 
     with open_graph(tiny.atlas, read_only=True) as opened:
         yield opened
+
+
+@pytest.fixture
+def by_value() -> Iterator[None]:
+    """A worker's process need not find the tests' modules: the functions of `cluster_work` travel whole."""
+    from ray import cloudpickle
+
+    from . import cluster_work
+
+    cloudpickle.register_pickle_by_value(cluster_work)
+    yield
+    cloudpickle.unregister_pickle_by_value(cluster_work)

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import psutil
 import pytest
 from featlas.ingest import edge_shards
-from featlas.ingest.cluster import RaySession, TooManyWorkers, cores
+from featlas.ingest.cluster import RaySession, TooManyWorkers, cores, run_shards
 from featlas.ingest.edge_shards import EdgeShard, EdgeWorker, Identity, WorkerDiffers, block_of, table_of
 from featlas.ingest.effective import EdgeBlock, EdgeSettings
 from featlas.ingest.pipeline import EdgeOptions, ingest_edges, plan_run
@@ -27,6 +26,7 @@ from featlas.queries.import_sink import write_batch
 from featlas.queries.store import SequenceCommit, ServerCredentials, open_graph
 from polars.testing import assert_frame_equal
 
+from .cluster_work import dying_once
 from .micro import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -234,27 +234,20 @@ def test_too_many_workers_are_refused_before_anything(tiny, tmp_path):
 # -- a real Ray, and a real server ---------------------------------------------------------------------------
 
 
-def worker_processes(of: psutil.Process) -> list[psutil.Process]:
-    """The processes of the workers below a process; Ray names them so."""
-    return [p for p in of.children(recursive=True) if "_Worker" in " ".join(p.cmdline())]
-
-
 @pytest.mark.slow
-def test_a_worker_killed_half_way_changes_nothing(tiny, tmp_path, alone):
+@pytest.mark.usefixtures("by_value")
+def test_a_worker_killed_half_way_changes_nothing(tiny, tmp_path, alone, monkeypatch):
     run, expected = alone
     notes = []
 
-    def kill(progress):
-        if not killed:
-            killed.extend(worker_processes(psutil.Process())[:1])
-            killed[0].kill()
+    def dying(session, make_worker, *given, **named):
+        run_shards(session, partial(dying_once, make_worker, tmp_path / "died"), *given, **named)
 
-    killed: list[psutil.Process] = []
-    summary = ingest_edges(options(tiny, tmp_path, workers=2), progress=kill, note=notes.append)
-    assert len(killed) == 1
-    assert [" died " in note for note in notes] == [False, True], notes
+    monkeypatch.setattr(edge_shards, "run_shards", dying)
+    summary = ingest_edges(options(tiny, tmp_path / "atlas", workers=2), note=notes.append)
+    assert [" died over batch " in note for note in notes] == [False, True], notes
     assert (summary.run, summary.n_edges) == (run, len(expected["ATTRIBUTES"]))
-    assert_alike(tables(tmp_path, run), expected)
+    assert_alike(tables(tmp_path / "atlas", run), expected)
 
 
 @pytest.mark.slow
