@@ -183,6 +183,7 @@ def test_planted_agreement_is_found() -> None:
         assert found["null_high"] < 4 / np.sqrt(n)
 
 
+@pytest.mark.slow
 def test_no_more_false_alarms_than_promised() -> None:
     """Unrelated matrices with strong structure of their own, 200 times: at most about 5 % at p <= 0.05, and p spread evenly."""
     found: dict[str, list[float]] = {}
@@ -211,6 +212,7 @@ def test_no_more_false_alarms_than_promised() -> None:
         assert stats.kstest(found[name], "uniform").pvalue > 0.001, name
 
 
+@pytest.mark.slow
 def test_matched_labels_take_out_what_frequency_explains() -> None:
     rng = np.random.default_rng(5)
     frequency = rng.lognormal(size=80), rng.lognormal(size=70)
@@ -357,6 +359,7 @@ def graph(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[GraphStore
         yield store
 
 
+@pytest.mark.slow
 def test_stored_edges_are_read_alike_from_both_graphs(graph: GraphStore) -> None:
     run = find_run(fill(graph))
     edges, n_other = effective_pairs(graph, run, run_features(graph, run))

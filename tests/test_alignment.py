@@ -300,6 +300,7 @@ def naive_features(side: Side, window: Window, number: int, start: int | None) -
     } | {f"raw {site.name}": values[site][0, start is not None :].numpy() for site in dictionaries}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", Pool)
 def test_both_passes_are_plain_forward_passes_pooled(tmp_path: Path, pool: Pool) -> None:
     a = tiny_side(words(), "llama", seed=1)

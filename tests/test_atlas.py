@@ -35,6 +35,7 @@ def test_runs_are_those_of_the_graph(atlas, tiny):
         atlas.run()
 
 
+@pytest.mark.slow
 def test_edges_are_the_librarys_with_names(atlas, run, tiny):
     with open_graph(tiny.atlas, read_only=True) as graph:
         plain = graph.read_edges("INFLUENCES", run=run.key)
@@ -105,6 +106,7 @@ def test_features_by_site_text_and_place(atlas, tiny):
     assert set(atlas.features(kind="error")["kind"]) == {"error"}
 
 
+@pytest.mark.slow
 def test_one_feature(atlas, run):
     key = run.circuit(edges=40).top(1)["key"][0]
     one = atlas.feature(key)
@@ -163,6 +165,7 @@ def test_what_is_not_there_is_said(atlas, tmp_path, run):
         empty.sql("SELECT 1")
 
 
+@pytest.mark.slow
 def test_nothing_stays_open_outside_of_a_with_block(tiny, tmp_path):
     folder = tiny.copied(tmp_path)
     atlas = Atlas(folder)
@@ -179,6 +182,7 @@ def test_nothing_stays_open_outside_of_a_with_block(tiny, tmp_path):
         assert read_circuit(graph, key).key == key
 
 
+@pytest.mark.slow
 def test_a_circuit_is_saved_where_the_atlas_may_be_written(tiny, tmp_path):
     folder = tiny.copied(tmp_path)
     with pytest.raises(ReadOnly):
@@ -200,6 +204,7 @@ def test_in_print_things_say_briefly_what_they_are(atlas, run):
     assert len(repr(one)) < 200
 
 
+@pytest.mark.slow
 def test_notebook_texts_are_escaped(tiny, tmp_path):
     folder = tiny.copied(tmp_path)
     with open_graph(folder) as graph:
@@ -213,6 +218,7 @@ def test_notebook_texts_are_escaped(tiny, tmp_path):
     assert any("&lt;script" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_labels_and_comparisons_are_those_of_the_commands(tiny, tmp_path, featlas):
     folder = tiny.copied(tmp_path)
     atlas = Atlas(folder)

@@ -29,6 +29,8 @@ from featlas.queries.store import SequenceCommit, ServerCredentials, open_graph
 from .atlas_cases import ERROR, MODEL, STATISTICS_RUN, edges_of, feature, write_atlas, write_graph
 from .servers import Neo4jTestServer
 
+pytestmark = pytest.mark.slow  # each runs whole commands, copies or loads
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -92,7 +94,6 @@ DAMAGES: dict[str, tuple[str, Severity, Repair | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damage_is_found_and_what_can_be_derived_is_mended(damage: str, atlas: Path) -> None:
     what, severity, repair = DAMAGES[damage]
@@ -197,7 +198,6 @@ def test_one_run_is_copied_with_what_belongs_to_it(made: Path, tmp_path: Path) -
         select(store, ["three"])
 
 
-@pytest.mark.slow
 def test_two_atlases_become_one(made: Path, tmp_path: Path) -> None:
     for run in ("one", "two"):
         copy_atlas(Place(made), Place(tmp_path / "whole"), runs=[run])
@@ -205,7 +205,6 @@ def test_two_atlases_become_one(made: Path, tmp_path: Path) -> None:
         assert graph_difference(first, second).is_empty()
 
 
-@pytest.mark.slow
 def test_parts_of_one_run_are_joined(made: Path, tmp_path: Path) -> None:
     """One atlas has sequence s0 of run one, the other all but s1: together s0, s1 … and what follows from all of them."""
     parts = [Path(shutil.copytree(made, tmp_path / name)) for name in ("a", "b")]
@@ -220,7 +219,6 @@ def test_parts_of_one_run_are_joined(made: Path, tmp_path: Path) -> None:
     assert differences(parts[1], made).filter(pl.col("property") != "status").is_empty()
 
 
-@pytest.mark.slow
 def test_what_clashes_is_refused_kept_or_replaced(made: Path, atlas: Path) -> None:
     with open_graph(atlas) as store:
         store.query("MATCH (c:Circuit {key: 'circuit-one'}) SET c.n_nodes = 99", write=True)
@@ -237,7 +235,6 @@ def test_what_clashes_is_refused_kept_or_replaced(made: Path, atlas: Path) -> No
     assert written == {"Circuit": 1, "Feature": 1, "ablation_effects": 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", ["commit_sequences", "merge_edges", "merge_nodes"])
 def test_a_copy_that_fails_anywhere_leaves_a_sound_atlas_and_goes_on(
     step: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -358,7 +355,6 @@ def test_a_node_that_is_in_use_when_it_is_to_go_stays(atlas: Path) -> None:
             assert set(store.query(f"MATCH (n:{label}) RETURN n.key AS key")["key"]) == set(everything) - set(unneeded)
 
 
-@pytest.mark.slow
 def test_a_prune_that_fails_at_any_statement_can_be_read_and_is_finished(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from featlas.queries.embedded import LadybugStore
 
@@ -429,7 +425,6 @@ def test_a_graph_with_tables_of_its_users_own_is_not_compacted(tmp_path: Path) -
         assert store.query("MATCH (m:Mine) RETURN m.k AS k")["k"].to_list() == ["a note"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", ["_export", "_load", "_differing_types", "_checkpoint", "_put_in_place"])
 def test_a_compaction_that_fails_anywhere_changes_nothing(step: str, made: Path, atlas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> None:
@@ -442,7 +437,6 @@ def test_a_compaction_that_fails_anywhere_changes_nothing(step: str, made: Path,
     assert not list(atlas.glob(f"{compaction.WORK}*"))
 
 
-@pytest.mark.slow
 def test_compaction_gives_space_back_and_keeps_every_row(made: Path, atlas: Path) -> None:
     with open_graph(atlas) as store:
         for i in range(3):
@@ -459,7 +453,6 @@ def test_compaction_gives_space_back_and_keeps_every_row(made: Path, atlas: Path
         write_graph(store)  # it can be written to: all of it is there already
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("after_s", [0.8, 1.5])
 def test_a_killed_copy_or_prune_goes_on(after_s: float, made: Path, atlas: Path, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "featlas.cli", "atlas"]
@@ -508,7 +501,6 @@ def test_to_a_server_and_back_is_equal_edge_for_edge(server: str, made: Path, tm
 # -- the commands --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_commands_say_what_they_did(featlas: Run, atlas: Path, tmp_path: Path) -> None:
     code, out, _ = featlas("atlas", "info", "--atlas", atlas, "--json")
     info = json.loads(out)
@@ -538,7 +530,6 @@ def test_the_commands_say_what_they_did(featlas: Run, atlas: Path, tmp_path: Pat
     assert featlas("atlas", "copy", atlas, atlas)[0] == 2
 
 
-@pytest.mark.slow
 def test_the_same_from_python(atlas: Path, tmp_path: Path) -> None:
     opened = Atlas(atlas, read_only=False)
     assert opened.info().runs["run"].to_list() == ["one", "two"]

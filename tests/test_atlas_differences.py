@@ -28,6 +28,7 @@ def other(store: GraphStore, tmp_path: Path) -> Iterator[GraphStore]:
         yield opened
 
 
+@pytest.mark.slow
 def test_a_copy_differs_nowhere_and_the_difference_names_each_change(store: GraphStore, other: GraphStore) -> None:
     assert graph_difference(store, other).is_empty()
     edges = store.read_edges("ATTRIBUTES")
@@ -65,6 +66,7 @@ def test_a_doubled_edge_is_a_difference(store: GraphStore, other: GraphStore) ->
     assert found.select("type", "source", "property", "a", "b").rows() == [("ATTRIBUTES", edge["source"], ROWS, "1", "2")]
 
 
+@pytest.mark.slow
 def test_blocks_of_any_size_hold_every_row_once(store: GraphStore) -> None:
     for type in EDGES:
         whole = store.read_edges(type)
@@ -91,6 +93,7 @@ def test_the_hash_of_rows_knows_no_order_and_adds_up() -> None:
     assert content_hash(pl.concat([rows, rows])) != content_hash(rows)
 
 
+@pytest.mark.slow
 def test_differences_of_statistics(tmp_path: Path) -> None:
     rows = pl.DataFrame({
         "run": ["r", "r"], "circuit": ["", ""], "source": ["f", "g"], "target": ["", ""], "metric": ["m", "m"], "baseline": ["zero", "zero"],

@@ -344,6 +344,7 @@ def test_examples_are_written_for_the_viewer(tmp_path: Path) -> None:
 # ---- commands
 
 
+@pytest.mark.slow
 def test_commands_write_and_read(featlas: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     path, atlas = saved(texas(), tmp_path / "texas.json"), tmp_path / "atlas"
     code, out, err = featlas("import", "circuit-tracer", path, "--atlas", atlas, "--json")

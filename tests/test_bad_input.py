@@ -143,6 +143,7 @@ def test_text_that_is_not_utf8(refused, model, tmp_path):
     assert "byte 9" in line
 
 
+@pytest.mark.slow
 def test_settings_of_the_engine_out_of_range(refused, model, tmp_path):
     task = task_file(tmp_path, GOOD)
     for options, message in [

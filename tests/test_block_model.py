@@ -126,6 +126,7 @@ def single_moves(labels):
             yield moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_no_single_move_and_no_merge_betters_the_best_level_of_clear_blocks(seed):
     weights, blocks = random_weights(24, seed)
@@ -138,6 +139,7 @@ def test_no_single_move_and_no_merge_betters_the_best_level_of_clear_blocks(seed
     assert length <= naive_length(weights, blocks) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_of_few_nodes_the_best_of_all_partitions_is_found_or_nearly(seed):
     weights, _ = random_weights(7, seed, n_blocks=2, spread=0.4)
@@ -159,6 +161,7 @@ def all_partitions(n):
     return grow([0])
 
 
+@pytest.mark.slow
 def test_single_moves_gain_little_where_blocks_are_noisy():
     weights = fisher(planted("sae", 90, seed=3, samples=600).correlation())
     path = dense_block_model(weights)
@@ -267,6 +270,7 @@ def test_a_gpu_finds_the_same_blocks():
     np.testing.assert_allclose(there.description_length[-20:], here.description_length[-20:], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_planted_blocks_are_on_the_path():
     for kind, seed in (("sae", 0), ("gauss", 1), ("attr", 2)):
         data = planted(kind, 400, seed=seed)

@@ -261,6 +261,7 @@ def test_runs_of_an_empty_graph(tmp_path: Path) -> None:
         find_run(store)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_edges_take_seconds() -> None:
     rng = np.random.default_rng(0)
     sites = {f"{layer:02d}-{i}": f"resid_{layer}" for layer in range(10) for i in range(500)} | {"y": "y"}
@@ -476,6 +477,7 @@ def test_circuit_of_a_task_is_aggregated_over_its_sequences_only(tmp_path: Path)
                 run_circuit(store, run, selection)
 
 
+@pytest.mark.slow
 def test_circuits_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     with mixture(tmp_path) as store:
         run = find_run(store)

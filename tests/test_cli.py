@@ -57,6 +57,7 @@ def test_importing_the_command_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_help_answers_within_a_second() -> None:
     best = 10.0
     for _ in range(3):
@@ -112,6 +113,7 @@ def mistake(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
         assert word in lines[0]
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
     mistake(installed("nonsense"), 2, "nonsense")
     mistake(installed("query", "runs", "--atlas", tmp_path / "none"), 2, "none", "featlas demo")
@@ -177,6 +179,7 @@ def test_circuit_by_threshold_is_printed_written_and_repeated(atlas: Path) -> No
         assert part in table
 
 
+@pytest.mark.slow
 def test_circuit_mistakes(atlas: Path) -> None:
     mistake(featlas("analyze", "circuit", "--threshold", 1e9, "--atlas", atlas), 2, "1e+09", "the first path is whole at --threshold")
     mistake(featlas("analyze", "circuit", "--run", "zzz", "--atlas", atlas), 2, "zzz", "abc123")
@@ -235,6 +238,7 @@ def test_report_is_one_file(atlas: Path, tmp_path: Path) -> None:
     mistake(featlas("report", "--output", tmp_path / "no" / "folder.html", "--atlas", atlas), 2, "folder.html")
 
 
+@pytest.mark.slow
 def test_query_formats_and_refused_writes(atlas: Path, tmp_path: Path) -> None:
     cypher = "MATCH (r:Run) RETURN r.key AS run, r.task AS task"
     assert json.loads(featlas("query", "--cypher", cypher, "--atlas", atlas, "--format", "json").stdout) == [{"run": "abc123", "task": "agreement"}]
@@ -295,6 +299,7 @@ def test_doctor_names_what_it_found(tmp_path: Path) -> None:
     assert {"graph-tool", "java", "maven", "chromium", "embedded graph", "statistics", "memory", "disk", "pot"} <= set(checks)
 
 
+@pytest.mark.slow
 def test_from_pairs_to_circuit_on_a_tiny_model(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model" / "tiny")
     pairs = [{"clean": f"w1 w{i} w3", "corrupt": f"w1 w{i + 9} w3", "answer": " w5", "wrong_answer": " w6"} for i in range(7, 12)]

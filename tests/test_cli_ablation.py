@@ -12,6 +12,8 @@ from featlas.queries.subgraphs import find_run
 
 from .study_atlas import TinyAtlas
 
+pytestmark = pytest.mark.slow  # each runs whole commands, copies or loads
+
 COMMANDS = ("faithfulness", "effects", "mixture", "improve")
 
 
@@ -34,7 +36,6 @@ def contents(atlas: Path) -> tuple[int, int, int]:
         return counts[0], counts[1], statistics.query("SELECT count(*) AS n FROM scores")["n"][0]
 
 
-@pytest.mark.slow
 def test_faithfulness_measures_shows_and_keeps(run, tiny, atlas, tmp_path) -> None:
     asked = ("analyze", "faithfulness", "--run", tiny.runs["main"], "--atlas", atlas, "--shares", "0.4,1", "--held-out", 4, "--per-sequence", 1)
     asked += ("--controls", "random-edges,node-attribution", "--control-draws", 1, "--metrics", "logit_diff,accuracy")
@@ -67,7 +68,6 @@ def test_nothing_is_written_where_it_is_not_wanted(run, tiny, atlas) -> None:
     assert contents(atlas) == before
 
 
-@pytest.mark.slow
 def test_effects_and_mixture(run, tiny, atlas, tmp_path) -> None:
     few = ("--run", tiny.runs["main"], "--atlas", atlas, "--held-out", 2)
     code, out, _ = run("analyze", "effects", *few, "--edges", 60, "--split", "halves", "--gallery", tmp_path / "effects.html")

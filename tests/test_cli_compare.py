@@ -25,6 +25,8 @@ from scipy import sparse
 
 from .study_atlas import TinyAtlas
 
+pytestmark = pytest.mark.slow  # each runs whole commands, copies or loads
+
 QUICK = ("--draws", 3, "--without", "transport,regions")
 
 
@@ -228,7 +230,6 @@ def test_shared_by_hand() -> None:
     assert mean_shared(np.array([0, 0, 0, 1]), np.array([0, 1, 1, 2]), 3) == pytest.approx(0.25 + 0.25 + 0)
 
 
-@pytest.mark.slow
 def test_groups_of_common_causes_are_shared_and_others_are_not() -> None:
     options = FindingOptions(nulls=3)
     both = partition_jointly(*planted(common=True), options, draws=2)

@@ -15,6 +15,8 @@ from .study_atlas import TinyAtlas
 from .test_alignment import byte_tokenizer
 from .test_dictionary_sources import save_sae
 
+pytestmark = pytest.mark.slow  # each runs whole commands, copies or loads
+
 WORDS = [f"w{(7 * i * i + 3 * i) % 41}" for i in range(900)]
 
 

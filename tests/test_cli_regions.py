@@ -15,6 +15,8 @@ from featlas.queries.store import open_graph
 
 from .study_atlas import TinyAtlas
 
+pytestmark = pytest.mark.slow  # each runs whole commands, copies or loads
+
 FIND = ("--min-count", 1, "--min-sequences", 1, "--method", "ward", "--level", 3, "--nulls", 0)
 TEST = ("--held-out", 2, "--shares", "0.4,1", "--edge-shares", "0.5,1", "--blocks", 2, "--drives", 2, "--random-draws", 1)
 
@@ -91,7 +93,6 @@ def test_found_before_is_shown_again(run, prepared) -> None:
     assert (code, shown) == (0, found)
 
 
-@pytest.mark.slow
 def test_names_are_kept_and_taken_away(run, tiny, prepared, tmp_path) -> None:
     atlas = Path(shutil.copytree(prepared, tmp_path / "atlas"))
     named = ("--label", "embed/0=plural nouns", "--label", "resid_0/1= names ")
@@ -166,7 +167,6 @@ def test_without_samples(refused, run, tiny, tmp_path) -> None:
 # --- putting them to the test -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_regions_are_put_to_the_test_and_what_is_found_is_kept(run, tiny, prepared, tmp_path) -> None:
     atlas = Path(shutil.copytree(prepared, tmp_path / "atlas"))
     page, values = tmp_path / "page.html", tmp_path / "values.csv"

@@ -45,6 +45,7 @@ def test_samples_of_a_task(run, tiny: TinyAtlas, atlas: Path) -> None:
     assert (code, f"samples {found.key}, there already" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_both_bases_of_a_task_stand_beside_each_other(run, tiny: TinyAtlas, atlas: Path) -> None:
     code, out, _ = run(*task(tiny), "--limit", 8, "--sites", "resid_0,mlp_1", "--json")
     activations = json.loads(out)
@@ -74,6 +75,7 @@ def test_samples_of_a_corpus_are_drawn(run, tiny: TinyAtlas, atlas: Path, tmp_pa
     assert (code, "at 18 tokens of 3 sequences\n" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(refused, tiny: TinyAtlas, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("w1 w2")

@@ -282,6 +282,7 @@ def test_every_graph_of_the_degrees_is_equally_likely(pairs, out, into, limit) -
     assert sum((count - expected) ** 2 / expected for count in counts.values()) < limit
 
 
+@pytest.mark.slow
 def test_a_planted_graph_is_significant_and_a_rewired_one_is_not() -> None:
     graph, _ = planted(n_edges=2500)
     options = CommunityOptions(Method.LOUVAIN)
@@ -510,6 +511,7 @@ def test_written_twice_is_written_once(tiny, tmp_path, tested) -> None:
         assert row["value"].to_list() == own["value"].to_list()
 
 
+@pytest.mark.slow
 def test_the_study_holds_everything(store, run) -> None:
     study = study_communities(store, run, GraphOptions(errors=True), CommunityOptions(), StudyOptions(seeds=2, nulls=2, scan=False))
     told = as_json_value(study)

@@ -19,6 +19,8 @@ from featlas.queries.store import NotAGraph, ServerCredentials, open_graph
 from .atlas_cases import DICTIONARY, MODEL, STATISTICS_RUN, feature, write_atlas
 from .servers import Neo4jTestServer
 
+pytestmark = pytest.mark.slow  # each runs whole commands, copies or loads
+
 
 def test_an_atlas_may_be_called_like_a_pattern(tmp_path: Path) -> None:
     source = write_atlas(tmp_path / "a[1]*", samples=True)

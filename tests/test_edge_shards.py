@@ -111,6 +111,7 @@ def without_ray(monkeypatch):
     monkeypatch.setattr("featlas.ingest.pipeline.check_workers", lambda *_, **__: None)
 
 
+@pytest.mark.slow
 def test_shards_in_any_order_make_the_graph_of_one_process(tiny, tmp_path, alone, without_ray):
     run, expected = alone
     seen, notes, costs = [], [], []
@@ -172,6 +173,7 @@ def test_ray_workers_write_import_files(tiny, tmp_path, alone):
     assert_alike(loaded(tmp_path / "files", tmp_path / "loaded.lbug", run), expected)
 
 
+@pytest.mark.slow
 def test_a_half_done_run_goes_on_with_another_number_of_workers(tiny, tmp_path, alone, without_ray, monkeypatch):
     run, expected = alone
 

@@ -53,6 +53,7 @@ def found(kind: str, seed: int) -> SitePartition:
 # --- what is there is found -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "seed"), [("gauss", 0), ("sae", 1)])
 def test_planted_blocks_are_recovered(kind, seed) -> None:
     own = found(kind, seed)
@@ -274,6 +275,7 @@ def test_the_key_is_of_what_determines_the_partitions() -> None:
     assert len(set(keys.values())) == len(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [PartitionMethod.SPECTRAL, PartitionMethod.WARD, PartitionMethod.RANDOM, PartitionMethod.DENSE_SBM])
 def test_others_like_it_have_as_many_blocks_at_every_site(method) -> None:
     own = parcellation(replace(QUICK, n_blocks=None, blocks_of={"resid_0": 7, "resid_1": 4}))

@@ -183,6 +183,7 @@ def test_fisher_weights_are_finite():
     assert fisher_weights(np.array([1.0, -1.0, 0.0, 0.5])).tolist() == pytest.approx([most, -most, 0.0, np.log(3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample", list(Sample))
 def test_the_significant_are_those_of_scipy(finished, sample):
     store, run = finished
@@ -198,6 +199,7 @@ def test_the_significant_are_those_of_scipy(finished, sample):
     assert summary.p_threshold == p[expected].max()
 
 
+@pytest.mark.slow
 def test_parts_within_the_memory_come_to_the_same(finished):
     store, run = finished
     correlate(store, run)
@@ -256,6 +258,7 @@ def test_weights_of_the_lags_sum_every_distance():
         assert (weights * rho(np.array(LAGS))).sum() == pytest.approx(exact, rel=0.03)
 
 
+@pytest.mark.slow
 def test_dependent_tokens_give_no_false_discoveries(store, model):
     """Two sites of independent but slowly varying features: counting every token finds correlations that are not there."""
     rng = np.random.default_rng(0)
@@ -420,6 +423,7 @@ def test_a_shuffled_run_has_no_place_in_the_graph(store, model, tmp_path):
         write_correlates(graph, store, run, 10)
 
 
+@pytest.mark.slow
 def test_a_run_beyond_its_memory_comes_to_the_same_tables(finished, store, model, monkeypatch):
     reference, run = finished
     monkeypatch.setattr(products, "TILE_BYTES", 64)

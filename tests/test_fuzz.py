@@ -115,6 +115,7 @@ def broken(path: Path, config: object, weights: bytes) -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "tensors", "said"),
     [
@@ -146,6 +147,7 @@ def test_weights_too_large_are_said_to_be(tiny: TinyAtlas, featlas, tmp_path: Pa
     assert "too large" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"model_type": ["llama"]}, {"num_hidden_layers": 10**12}, {"num_attention_heads": None},
                                     {"sliding_window": 10**40}, {"max_position_embeddings": -(2**70)}])  # fmt: skip
 def test_models_whose_configuration_is_of_none(tiny: TinyAtlas, featlas, tmp_path: Path, change: dict[str, object]) -> None:
@@ -188,6 +190,7 @@ def test_a_message_is_no_longer_than_can_be_read(featlas) -> None:
     assert err.endswith("characters more)\n")
 
 
+@pytest.mark.slow
 def test_statistics_whose_blocks_are_damaged(featlas, tiny: TinyAtlas, tmp_path: Path) -> None:
     atlas = tiny.copied(tmp_path)
     path = atlas / "statistics.duckdb"

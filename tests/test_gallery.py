@@ -52,6 +52,7 @@ def page_text() -> str:
     return gallery(exhibits(), f"Circuits {HOSTILE}", subtitle="sub", settings=[("task", HOSTILE)], commands=[f"echo {HOSTILE}"])
 
 
+@pytest.mark.slow
 def test_a_sweep_has_its_exhibits_in_order() -> None:
     shown = sweep_exhibits(of_two_tasks(), made_sizes(METHODS), GalleryOptions("logit_diff", ("kl", "accuracy"), GRID[-1], bootstrap=FEW))
     pooled, *tasks, equal, sequences, area, accuracy = [exhibit.name for exhibit in shown]
@@ -67,6 +68,7 @@ def test_a_sweep_has_its_exhibits_in_order() -> None:
     assert [exhibit.name for exhibit in without] == ["faithfulness-logit-diff-pooled", "matched", "sequences"]
 
 
+@pytest.mark.slow
 def test_findings_say_what_the_frames_say() -> None:
     first, equal, sequences, *_ = exhibits()
     assert first.findings[0].startswith("By edge ablation, φ ≥ 0.8 is first reached by 317 nodes and 1,000 edges: φ = 0.98")

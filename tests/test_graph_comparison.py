@@ -95,6 +95,7 @@ def test_a_permuted_copy_is_the_same_in_everything(equal) -> None:
     assert (ends["source_label"] == ends["target_label"]).all()
 
 
+@pytest.mark.slow
 def test_a_rewired_copy_is_at_chance(planted) -> None:
     side, other, matched = planted
     b = other.with_targets(rewired(other.effective, 99)[0].target)
@@ -270,6 +271,7 @@ def test_it_is_kept_listed_and_read_back(equal, tmp_path: Path) -> None:
         assert list_comparisons(statistics).is_empty()
 
 
+@pytest.mark.slow
 def test_its_figures_show_what_the_frames_hold_and_names_are_escaped(equal) -> None:
     figures = comparison_figures(equal)
     assert set(figures) == {"edges-by-size", "edges-by-threshold", "ranks", "refinement", "profiles", "coupling"}
@@ -301,6 +303,7 @@ def test_draws_too_few_for_a_small_p_decide_nothing() -> None:
     assert "They share more than" in " ".join(verdict(compare(a, b, None, replace(QUICK_EDGES, draws=20))))
 
 
+@pytest.mark.slow
 def test_the_key_knows_strengths_and_pairs() -> None:
     a = layered(0)
     b, matched = renamed(a, 1)

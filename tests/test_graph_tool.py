@@ -220,6 +220,7 @@ def test_conda_environments_are_tried_in_order(stand_in: Stand, tmp_path: Path, 
     assert active.found == "the active conda environment"
 
 
+@pytest.mark.slow
 def test_an_interpreter_is_asked_once_and_not_for_ever(stand_in: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pids = tmp_path / "pids"
     program = stand_in("", f"import os, time\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\ntime.sleep(60)\n")
@@ -302,6 +303,7 @@ def test_one_that_hangs_is_ended_with_all_it_started(checkpoint: str, stand_in: 
     assert list(work.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "said"),
     [

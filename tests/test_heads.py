@@ -175,6 +175,7 @@ def test_the_overlap_of_equal_partitions_and_of_small_ones_by_hand():
     assert found.purity == 3 / 4
 
 
+@pytest.mark.slow
 def test_the_null_is_the_mutual_information_of_permuted_heads():
     blocks, heads = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 0])
     found = overlap(blocks, one_hot(heads), draws=600, seed=1)

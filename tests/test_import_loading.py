@@ -22,6 +22,8 @@ from .atlas_cases import SEQUENCES, edges_of, feature, write_graph
 from .servers import Neo4jTestServer
 from .test_import_sink import commit, measure, provenance
 
+pytestmark = pytest.mark.slow  # each runs whole commands, copies or loads
+
 CHILD = """
 import os, signal, sys
 from pathlib import Path

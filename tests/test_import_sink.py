@@ -98,6 +98,7 @@ def test_blocks_are_those_of_a_store(tmp_path: Path) -> None:
         assert list(sink.edge_blocks("none", 20)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["f[1]", "f*", "f?"])
 def test_a_folder_may_be_called_like_a_pattern(tmp_path: Path, direct: dict[str, pl.DataFrame], name: str) -> None:
     with ImportSink(tmp_path / name) as sink:
@@ -172,6 +173,7 @@ def rest_of_the_run(sink: ImportSink, at: str, patch: pytest.MonkeyPatch) -> Non
 SLOW = [pytest.param(at, marks=pytest.mark.slow) for at in ("edges", "mark", "influences", "finish")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["ledger", *SLOW])
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_files(
     tmp_path: Path, direct: dict[str, pl.DataFrame], monkeypatch: pytest.MonkeyPatch, at: str
@@ -193,6 +195,7 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_files(
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_influences_of_a_closed_run_stay_whatever_comes_after(
     tmp_path: Path, direct: dict[str, pl.DataFrame], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +245,7 @@ def test_what_a_sink_refuses(tmp_path: Path) -> None:
     assert "ATTRIBUTES" not in arguments
 
 
+@pytest.mark.slow
 def test_any_exported_graph_can_be_loaded(embedded: GraphStore, tmp_path: Path) -> None:  # noqa: F811
     """Awkward texts, infinities, types that join several labels: what is loaded is what was exported, in blocks or at once."""
     whole = export_import_files(embedded, tmp_path / "whole")

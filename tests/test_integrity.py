@@ -26,6 +26,7 @@ HOUR_S = 3600
 Run = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.slow
 def test_rows_that_the_statistics_lost_are_missed(tmp_path: Path) -> None:
     atlas = write_atlas(tmp_path / "atlas")
     with open_graph(atlas) as store, StatisticsStore(atlas) as statistics:
@@ -37,6 +38,7 @@ def test_rows_that_the_statistics_lost_are_missed(tmp_path: Path) -> None:
         assert named[0] in found[0].examples[0]
 
 
+@pytest.mark.slow
 def test_aggregated_edges_outlive_measured_ones_that_are_missing(tmp_path: Path) -> None:
     """Which edge it was is known from them alone."""
     atlas = write_atlas(tmp_path / "atlas")
@@ -49,6 +51,7 @@ def test_aggregated_edges_outlive_measured_ones_that_are_missing(tmp_path: Path)
         assert store.read_edges("INFLUENCES", run="one").equals(before.filter(pl.col("run") == "one"))
 
 
+@pytest.mark.slow
 def test_a_text_that_edges_or_a_circuit_name_is_in_use_though_its_mark_is_lost(tmp_path: Path) -> None:
     with open_graph(write_atlas(tmp_path / "atlas")) as store:
         store.query("MATCH (:Run)-[m:ON_SEQUENCE]->(:Sequence) DELETE m", write=True)
@@ -60,6 +63,7 @@ def test_a_text_that_edges_or_a_circuit_name_is_in_use_though_its_mark_is_lost(t
         assert store.query("MATCH (s:Sequence) RETURN s.key AS key")["key"].to_list() == ["s1"]
 
 
+@pytest.mark.slow
 def test_edges_without_their_mark_go_so_that_the_run_can_go_on(tmp_path: Path) -> None:
     with open_graph(write_atlas(tmp_path / "atlas")) as store:
         store.query("MATCH (r:Run {key: 'one'})-[m:ON_SEQUENCE]->(:Sequence {key: 's1'}) DELETE m", write=True)
@@ -72,6 +76,7 @@ def test_edges_without_their_mark_go_so_that_the_run_can_go_on(tmp_path: Path) -
         assert store.query("MATCH (s:Sequence {key: 's1'}) RETURN s.clean AS text")["text"].to_list() in ([], ["clean s1\n🙂"])
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_is_a_finding_and_the_rest_is_looked_at(tmp_path: Path) -> None:
     class Torn(StatisticsStore):
         def query(self, sql: str, parameters: object = None) -> pl.DataFrame:
@@ -90,6 +95,7 @@ def test_what_cannot_be_read_is_a_finding_and_the_rest_is_looked_at(tmp_path: Pa
     assert any("tokens.parquet is missing" in one.examples[0] for one in found), found
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_cut_off_may_be_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_atlas(tmp_path / "atlas") / "graph.lbug"
     with file.open("r+b") as cut:
@@ -109,6 +115,7 @@ def put_old(*files: Path) -> None:
         os.utime(path, (at, at))
 
 
+@pytest.mark.slow
 def test_only_what_featlas_itself_names_counts_as_left_by_a_killed_process(tmp_path: Path) -> None:
     """Hidden folders of an atlas' user stay, wherever they are."""
     atlas, gone = write_atlas(tmp_path / "a" / "b" / "c" / "atlas"), 2**22 + 1
@@ -127,6 +134,7 @@ def test_only_what_featlas_itself_names_counts_as_left_by_a_killed_process(tmp_p
     assert not any((atlas / name).parent.exists() for name in left)
 
 
+@pytest.mark.slow
 def test_shards_stay_until_their_run_is_known_to_be_done(tmp_path: Path) -> None:
     """A batch system's jobs measure shards without opening the statistics, which do not know the run before it is merged."""
     atlas = write_atlas(tmp_path / "a" / "b" / "c" / "atlas")
@@ -142,6 +150,7 @@ def test_shards_stay_until_their_run_is_known_to_be_done(tmp_path: Path) -> None
     assert shards_of_statistics(atlas, "unmerged").path == parts / "unmerged" / SHARDS
 
 
+@pytest.mark.slow
 def test_edges_of_a_run_without_any_mark_are_found_and_taken_away(tmp_path: Path) -> None:
     """What an import left that was stopped when edges were in and marks were not: going on would write every edge twice."""
     with open_graph(write_atlas(tmp_path / "atlas", ("one",))) as store:
@@ -161,6 +170,7 @@ def test_edges_of_a_run_without_any_mark_are_found_and_taken_away(tmp_path: Path
         assert store.read_edges("ATTRIBUTES", run="one").height == 30
 
 
+@pytest.mark.slow
 def test_every_feature_of_a_site_that_was_measured_has_a_row(tmp_path: Path) -> None:
     atlas = write_atlas(tmp_path / "atlas")
     with open_graph(atlas) as store, StatisticsStore(atlas) as statistics:
@@ -174,6 +184,7 @@ def test_every_feature_of_a_site_that_was_measured_has_a_row(tmp_path: Path) -> 
         assert what not in [one.what for one in check_atlas(store, statistics, atlas)]
 
 
+@pytest.mark.slow
 def test_a_compacted_file_is_as_private_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atlas, seen = write_atlas(tmp_path / "atlas"), []
     files = (atlas / "graph.lbug", atlas / "statistics.duckdb")
@@ -208,6 +219,7 @@ def test_the_command_that_goes_on_names_all_that_makes_the_run() -> None:
     assert going_on(run, {"options": {**options, "import_files": "files"}}, Path("a")) == "featlas import files files --atlas a"
 
 
+@pytest.mark.slow
 def test_the_address_of_the_graph_is_in_the_command_that_goes_on(tmp_path: Path) -> None:
     atlas = write_atlas(tmp_path / "atlas", ("one",))
     manifest = {"run": "one", "options": {"model": "m", "settings": {}}}
@@ -236,6 +248,7 @@ def test_runs_of_which_no_manifest_tells_are_neither_the_oldest_nor_abandoned() 
     assert unfinished_here(deleting, on_server=True, now=now)[0] == runs["run"].to_list()
 
 
+@pytest.mark.slow
 def test_prune_leaves_runs_without_a_manifest_alone(tmp_path: Path, featlas: Run) -> None:
     atlas = write_atlas(tmp_path / "atlas")
     for run, at in (("one", "2026-05-01T11:30:00+00:00"), ("two", None)):

@@ -308,6 +308,7 @@ def naive_search(labels: dict[tuple[str, int], list[str]], query: list[tuple[str
     return dict(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "query"),
     [("Pilots", [("pilots", False)]), ("pilot*", [("pilot", True)]), ("ELAN naive", [("elan", False), ("naive", False)]),

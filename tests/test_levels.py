@@ -56,6 +56,7 @@ def naive_transferred(labels, seen, unseen):
     return total / len(pairs)
 
 
+@pytest.mark.slow
 def test_held_out_likelihood_is_that_of_the_loop_over_pairs():
     data = planted("sae", 30, seed=0, samples=300, n_blocks=4)
     seen, unseen = halves_of(data)
@@ -64,6 +65,7 @@ def test_held_out_likelihood_is_that_of_the_loop_over_pairs():
         assert found == pytest.approx(naive_transferred(labels, seen, unseen), rel=1e-10)
 
 
+@pytest.mark.slow
 def test_without_a_refit_the_paths_own_blocks_are_scored_both_ways():
     data = planted("sae", 30, seed=1, samples=300, n_blocks=4)
     first, second = halves_of(data)
@@ -124,6 +126,7 @@ def test_a_single_feature_has_no_held_out_likelihood():
     assert not null_verdict(path, (one, one), [(one, one)] * 3, refit=dense_block_model).significant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gauss", "sae", "attr"])
 def test_held_out_likelihood_finds_the_planted_fine_level(kind):
     agreements = []
@@ -239,6 +242,7 @@ def test_what_rare_features_have_by_their_rarity_alone_is_no_structure():
         assert not verdict.significant, (seed, verdict)
 
 
+@pytest.mark.slow
 def test_a_verdict_reuses_scores_that_are_known():
     data, path, frame = case("sae", 0, n=100, samples=600)
     halves, shuffled = halves_of(data), [halves_of(data.shuffled(i), i) for i in range(3)]

@@ -49,6 +49,7 @@ def test_many_random_nodes_equal_the_definition(seed):
     assert_equal_to_the_definition(drawn.case, drawn.nodes, drawn.errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "per_head_linear"])
 def test_every_kind_of_dictionary(kind):
     case = tiny_case("gemma2", kind, ("attn_0", "mlp_0", "resid_1"))
@@ -83,6 +84,7 @@ def test_equal_to_edge_ablation_on_the_complete_graph_where_every_kept_node_has_
     assert_near(by_nodes, by_edges)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_edge_ablation_on_the_complete_graph_always_under_the_counterfactual_baseline(family):
     """A kept node without a kept parent is what the corrupted sequence makes of it, which is its baseline."""
@@ -141,6 +143,7 @@ def test_order_batches_sets_and_memory_change_nothing():
     assert_near(ablate_nodes(case.batch(), sets, memory=1), together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pairs_that_differ_late_are_run_from_there_on(family):
     """Prompts that differ at their last two tokens alone: behind a clean beginning as from the first position on."""

@@ -134,6 +134,7 @@ def test_a_features_page_has_its_moments_edges_and_contexts_token_by_token(sourc
     assert page["regions"] == []
 
 
+@pytest.mark.slow
 def test_many_features_at_once_are_each_as_alone(source: PageSource) -> None:
     keys = [key_of(site, i) for site in SITES for i in (0, 3, "error")]
     together = feature_pages(source, [*keys, "m@1|d|resid_0|999"])
@@ -186,6 +187,7 @@ def test_what_is_wrong_is_said(source: PageSource) -> None:
         answer(PageSource(source.store, None, source.atlas), "sweep", {"subject": "x"})
 
 
+@pytest.mark.slow
 def test_an_atlas_without_statistics_has_its_pages(source: PageSource) -> None:
     bare = PageSource(source.store, None, source.atlas)
     assert answer(bare, "feature", {"key": key_of("resid_4", 2)})["name"] == "feature 2"
@@ -214,6 +216,7 @@ def test_values_are_what_json_has() -> None:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_report_holds_the_pages_by_their_addresses(source: PageSource) -> None:
     said: list[tuple[int, int, str]] = []
     pages = contents(source, ReportOptions(), lambda done, total, what: said.append((done, total, what)))["pages"]

@@ -123,6 +123,7 @@ def test_a_store_of_an_earlier_featlas_gets_room_for_parcellations(tmp_path: Pat
         assert stored_parcellations(store).is_empty()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_only", [False, True])
 def test_an_earlier_graph_learns_of_circuits_of_blocks(tmp_path: Path, read_only: bool) -> None:
     path = tmp_path / "graph.lbug"

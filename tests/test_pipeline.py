@@ -82,6 +82,7 @@ def assert_same(a: dict[str, pl.DataFrame], b: dict[str, pl.DataFrame]) -> None:
         assert a[name].equals(b[name]), f"{name} differs:\n{a[name]}\n{b[name]}"
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_engines_edges(tiny, tmp_path, graph):
     chosen = options(tiny, tmp_path, graph)
     seen = []
@@ -104,6 +105,7 @@ def test_a_run_writes_the_engines_edges(tiny, tmp_path, graph):
     assert set(tables["nodes"]["kind"]) == {"feature", "output"}  # identity dictionaries leave no error
 
 
+@pytest.mark.slow
 def test_the_same_run_twice_changes_nothing(tiny, tmp_path, graph):
     chosen = options(tiny, tmp_path, graph)
     first = ingest_edges(chosen)
@@ -148,6 +150,7 @@ def test_a_killed_run_resumes_to_the_same_graph(tiny, tmp_path, graph, kill_afte
     assert_same(reference, snapshot(tmp_path / "killed", graph, resumed.run))
 
 
+@pytest.mark.slow
 def test_positions_kept_are_stored_and_their_sum_is_the_default(tiny, tmp_path):
     kept = ingest_edges(options(tiny, tmp_path, settings=EdgeSettings(positions=Positions.KEEP)))
     summed = ingest_edges(options(tiny, tmp_path))
@@ -176,6 +179,7 @@ def test_aggregation_by_hand():
     assert (second["weight"], second["n"]) == (pytest.approx(0.5 / 3), 1)
 
 
+@pytest.mark.slow
 def test_edges_are_aggregated_in_blocks_to_the_same_numbers(tmp_path, graph, monkeypatch):
     """A hub with more edges than a block, single edges with more sequences than a block, and many small sources."""
     generator = torch.Generator().manual_seed(2)
@@ -205,6 +209,7 @@ def test_edges_are_aggregated_in_blocks_to_the_same_numbers(tmp_path, graph, mon
         assert list(runs.edge_blocks(store, "nobody", size)) == []
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_is_refused_before_anything_is_written(tiny, tmp_path):
     atlas = tmp_path / "new"
     for changes, message in [
@@ -230,6 +235,7 @@ def test_a_store_that_is_down_is_said_in_one_line(tiny, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_writer_stops_the_run_and_leaves_whole_sequences(tiny, tmp_path, monkeypatch):
     original = writing.NodeTable.unseen
     calls = []
@@ -250,6 +256,7 @@ def test_an_error_of_the_writer_stops_the_run_and_leaves_whole_sequences(tiny, t
     assert_same(snapshot(tmp_path / "whole", None, whole.run), snapshot(tmp_path / "broken", None, whole.run))
 
 
+@pytest.mark.slow
 def test_the_same_pairs_in_other_words_are_the_same_run(tiny, tmp_path):
     """A file's pairs do not depend on the seed: the run keeps what was said of it first."""
     first = ingest_edges(options(tiny, tmp_path))
@@ -276,6 +283,7 @@ def measured(plan, atlas, by_position=False):
         return measure_statistics(statistics, plan.model, plan.dictionaries, corpus, statistics_options)
 
 
+@pytest.mark.slow
 def test_the_mean_baseline_takes_a_statistics_runs_means(tiny, tmp_path):
     chosen = options(tiny, tmp_path, settings=EdgeSettings(positions=Positions.KEEP, baseline=Baseline.MEAN), limit=3)
     plan = plan_run(options(tiny, tmp_path, limit=3))
@@ -412,6 +420,7 @@ def test_a_feature_that_is_inactive_has_no_edges(tiny, tmp_path):
     assert (active.n_edges > 0, inactive.n_edges, inactive.n_sequences) == (True, 0, 3)
 
 
+@pytest.mark.slow
 def test_resampling_is_a_counterfactual_with_the_donors_prompt(tiny, tmp_path):
     chosen = options(tiny, tmp_path, settings=EdgeSettings(steps=1, baseline=Baseline.RESAMPLE), seed=3)
     plan = plan_run(chosen)
@@ -462,6 +471,7 @@ def test_prompts_begin_as_the_dictionaries_or_the_user_say(tiny, tmp_path):
         ingest_edges(options(tiny, tmp_path / "none", bos=True))
 
 
+@pytest.mark.slow
 def test_the_manifest_says_how_the_run_was_made(tiny, tmp_path):
     summary = ingest_edges(options(tiny, tmp_path))
     manifest = json.loads((tmp_path / "runs" / f"{summary.run}.json").read_text())

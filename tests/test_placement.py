@@ -172,6 +172,7 @@ def test_weights_on_disk_give_the_same_edges_and_are_away_afterwards(tmp_path: P
     resting.assert_no_hooks()
 
 
+@pytest.mark.slow
 def test_what_rests_on_disk_has_a_folder_of_its_own_that_goes_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featlas.model.loading.cache_folder", lambda: tmp_path / "cache")
     folder, own = save_tiny(tmp_path / "model", "llama"), f"{socket.gethostname()}-"

@@ -51,6 +51,7 @@ def drawn_curves(figure: object) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_every_edge_is_drawn_once_with_its_sign() -> None:
     circuit, notes = layered_circuit()
     figure = circuit_figure(circuit, notes, max_edges=100_000)

@@ -148,6 +148,7 @@ def test_products_beyond_the_memory_are_on_disk(tmp_path, monkeypatch):
         np.testing.assert_allclose(found, expected(data, small, *pair), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [LARGE, 60_000, 1600])
 @pytest.mark.parametrize("stops", [(1,), (3,), (2, 3, 5)])
 def test_a_killed_run_goes_on_to_the_same_bits(stops, memory, tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ FIGURES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_page_has_its_figures_and_names_stay_text(name: str) -> None:
     page = pages()[name]

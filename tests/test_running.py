@@ -49,6 +49,7 @@ def test_names_that_are_known_without_their_libraries() -> None:
     assert tuple(DTYPES) == checks.DTYPE_NAMES
 
 
+@pytest.mark.slow
 def test_releases_are_those_of_sae_lens() -> None:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
@@ -82,6 +83,7 @@ def test_json_of_commands_that_had_none(featlas: Run, tmp_path: Path) -> None:
     assert (code, out, "--format csv" in json.loads(err)["error"]) == (2, "", True)
 
 
+@pytest.mark.slow
 def test_quiet_keeps_results_and_mistakes(featlas: Run, tiny: TinyAtlas, monkeypatch: pytest.MonkeyPatch) -> None:
     cypher = "MATCH (f:Feature) WHERE f.key = $feature RETURN f.key AS key"
     asked = ("query", "--cypher", cypher, "--param", "feature=nope", "--atlas", tiny.atlas, "--json")
@@ -166,6 +168,7 @@ def complete(line: str, monkeypatch: pytest.MonkeyPatch, shell: str = "bash") ->
     return out.getvalue().split()
 
 
+@pytest.mark.slow
 def test_commands_options_and_choices_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert complete("featlas ana", monkeypatch) == ["analyze"]
     assert "circuit" in complete("featlas analyze ", monkeypatch)
@@ -198,6 +201,7 @@ def test_an_atlas_that_is_not_there_or_broken_has_no_keys(tmp_path: Path) -> Non
             (tmp_path / name).write_text("nonsense")
 
 
+@pytest.mark.slow
 def test_completions_load_no_heavy_library(tmp_path: Path) -> None:
     heavy = ("torch", "transformers", "polars", "sae_lens", "nnsight", "numpy", "plotly")
     code = (

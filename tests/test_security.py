@@ -100,6 +100,7 @@ def places(tmp_path: Path) -> dict[str, Path]:
     return {"atlas": atlas, "out": out, "secret": secret}
 
 
+@pytest.mark.slow
 def test_the_command_refuses_attacks_on_the_embedded_graph(featlas, places) -> None:
     before = digest(places["atlas"])
     for text in EMBEDDED[::7]:  # the page is shown all of them
@@ -112,6 +113,7 @@ def test_the_command_refuses_attacks_on_the_embedded_graph(featlas, places) -> N
     assert (digest(places["atlas"]), list(places["out"].iterdir())) == (before, [])
 
 
+@pytest.mark.slow
 def test_the_page_refuses_every_attack_on_the_embedded_graph(places) -> None:
     before = digest(places["atlas"])
     with AtlasReader(places["atlas"]) as reader:

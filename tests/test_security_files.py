@@ -55,6 +55,7 @@ def test_the_rule_finds_what_it_forbids(text: str) -> None:
     assert list(unsafe(text))
 
 
+@pytest.mark.slow
 def test_no_source_runs_what_a_file_brings() -> None:
     assert len(SOURCES) > 100
     found = [f"{path.relative_to(ROOT)}:{what}" for path in SOURCES for what in unsafe(path.read_text(encoding="utf-8"))]

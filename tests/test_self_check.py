@@ -10,6 +10,7 @@ from .micro import FAMILIES, tiny_module
 NAMES = ["reading", "blocks", "output head", "attention heads", "writing", "local functions", "tails", "hooks"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_seen_right(family: str) -> None:
     found = self_check(bind(tiny_module(family)))

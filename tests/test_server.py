@@ -360,6 +360,7 @@ def test_what_is_shared_is_opened_once_and_closed_after_the_last() -> None:
     assert len(made) == 2
 
 
+@pytest.mark.slow
 def test_others_write_between_requests_and_are_seen(tmp_path: Path) -> None:
     fill(tmp_path)
     reader = AtlasReader(tmp_path, idle_s=60)
@@ -376,6 +377,7 @@ def test_others_write_between_requests_and_are_seen(tmp_path: Path) -> None:
     assert not reader.holds
 
 
+@pytest.mark.slow
 def test_pages_answer_from_the_graph_while_another_process_writes_the_statistics(tmp_path: Path) -> None:
     fill(tmp_path)
     code = "import sys; from featlas.queries.statistics import StatisticsStore as S\nwith S(sys.argv[1]): print(flush=True); sys.stdin.read()"

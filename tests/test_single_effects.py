@@ -66,6 +66,7 @@ def by_hand(study: Study, circuit: Circuit, pairs, seed: int) -> dict[tuple, flo
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", [Baseline.COUNTERFACTUAL, Baseline.ZERO])
 def test_every_effect_is_that_of_the_model_without_it(store, study, circuit, baseline) -> None:
     study, pairs = replace(study, baseline=baseline), found_pairs(store, study.run)[:4]

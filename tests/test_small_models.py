@@ -34,6 +34,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["agreement", "agreement_rc", "pronoun", "ioi", "greater_than", "profession_gender"])
 def test_every_pair_of_a_task_fits_the_tokenizer(task: str) -> None:
     tokenizer = tasks_tokenizer([task])
@@ -50,6 +51,7 @@ def test_checkpoints_double_and_lie_evenly() -> None:
     assert SmallModelOptions(steps=1, evenly=3).checkpoints == (0, 1)
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_a_tenth_and_never_trained_on(series: Path) -> None:
     tokenizer = load_model(str(series / "step0")).tokenizer
     prompts = {pair.clean for pair in build_task("ioi", tasks_tokenizer(["ioi"]), n=2000)}
@@ -79,6 +81,7 @@ def test_checkpoints_are_saved_as_models_whose_loss_is_what_is_said(series: Path
     assert sum(losses) / len(losses) == pytest.approx(checkpoints[-1].loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_options_give_the_same_weights_and_a_finished_folder_is_kept(series: Path, tmp_path: Path) -> None:
     train_small_model(tmp_path / "again", TINY)
     first, second = (load_model(str(folder / "step12")).module.state_dict() for folder in (series, tmp_path / "again"))
@@ -101,6 +104,7 @@ def test_an_interrupted_training_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2"])
 def test_other_families_train(family: str, tmp_path: Path) -> None:
     options = SmallModelOptions(tasks=("agreement",), family=family, n_layers=1, d_model=16, n_heads=2, steps=4, batch=4, evenly=1)

@@ -53,6 +53,7 @@ def test_no_pairs() -> None:
         check_task(last_word_model(), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_against_plain_forwards(family: str) -> None:
     tokenizer = word_tokenizer()

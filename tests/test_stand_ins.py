@@ -20,6 +20,7 @@ def samples() -> SiteSamples:
     return SiteSamples("resid_0", "d", 32, values, np.arange(600) // 10, np.arange(600) % 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_time", [0, 1, 100])
 def test_what_stood_in_for_graph_tool_is_said(samples, monkeypatch, in_time) -> None:
     calls = []

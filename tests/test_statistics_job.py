@@ -307,6 +307,7 @@ def stopping_after(n: int):
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(1,), (2, 3), (5,), (1, 1, 1, 1, 1)])
 def test_an_interrupted_run_resumes_to_the_same_result(stops, whole, store, model, dictionaries, corpus):
     reference, run = whole

@@ -200,6 +200,7 @@ def test_a_corpus_is_cut_evenly():
 # -- runs in shards ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(1, 2, 3, 4, 5), (5, 3, 1, 4, 2)])
 def test_shards_measured_apart_and_merged_are_one_pass(order, tmp_path, measurement, whole):
     shard_by_shard(measurement, tmp_path, 5, order)
@@ -213,6 +214,7 @@ def test_shards_measured_apart_and_merged_are_one_pass(order, tmp_path, measurem
         assert not store.parts(record.run).exists()
 
 
+@pytest.mark.slow
 def test_whoever_measures_a_shard_the_result_is_the_same_bit_by_bit(tmp_path, measurement):
     shard_by_shard(measurement, tmp_path / "a", 4, (3, 1, 4, 2))
     shard_by_shard(measurement, tmp_path / "b", 4, (2,))  # the merging process measures the others
@@ -228,6 +230,7 @@ class Stop(Exception):
     """The run is interrupted here."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_merge_that_was_stopped_goes_on(after, tmp_path, measurement, whole):
     shard_by_shard(measurement, tmp_path, 5)
@@ -327,6 +330,7 @@ def test_asking_after_a_shard_removes_nothing_that_another_process_writes(tmp_pa
 
 
 
+@pytest.mark.slow
 def test_the_null_is_cut_into_shards_too(tmp_path, folder):
     shuffled = made(folder, replace(OPTIONS, by_position=False, n_contexts=0), basis=SHUFFLED)
     shard_by_shard(shuffled, tmp_path, 3, (2, 3, 1))

@@ -165,6 +165,7 @@ def test_other_files_are_refused(tmp_path):
         StatisticsStore(tmp_path / "none.duckdb", read_only=True)
 
 
+@pytest.mark.slow
 def test_a_file_held_by_another_process_says_so(path, store):
     code = "\n".join(
         (
@@ -180,6 +181,7 @@ def test_a_file_held_by_another_process_says_so(path, store):
         StatisticsStore(path, read_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_file_that_is_let_go_soon_is_waited_for(tmp_path, read_only):
     code = "\n".join(

@@ -149,6 +149,7 @@ def test_a_killed_driver_leaves_shards_that_the_next_one_merges(folder, measurem
     assert 0 < len(measured) <= sum(shard.stop_batch - shard.first_batch for shard in left)  # what was committed of a shard in work stays
 
 
+@pytest.mark.slow
 def test_the_command_measures_shard_by_shard(featlas, folder, commanded, tmp_path):
     for number in (2, 1):
         code, out, err = featlas(*words(folder, "--json", "--atlas", tmp_path, "--shard", f"{number}/2"))

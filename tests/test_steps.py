@@ -19,6 +19,7 @@ from .hand_worked_ablation import CIRCUITS, CLEAN, CORRUPT, edge_set
 from .micro import FAMILIES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_position", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_ablated_pass_is_the_engines(family, by_position):
@@ -62,6 +63,7 @@ def test_by_hand():
         assert (shown.metric, shown.metric_full, shown.metric_empty) == pytest.approx((float(y), float(CLEAN), float(CORRUPT)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_steps", [1, 3])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gpt_neox"])
 def test_an_attribution_is_the_engines_edge(family, n_steps):

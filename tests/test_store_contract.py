@@ -221,6 +221,7 @@ def test_an_error_in_the_middle_leaves_nothing_of_any_sequence(store: GraphStore
     assert store.commit_sequences([SequenceCommit("r", "s", EDGE), SequenceCommit("r", "t", EDGE)]) == 2
 
 
+@pytest.mark.slow
 def test_a_big_batch_is_written_and_read_whole(store: GraphStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """45,000 edges: more than one statement, and one hub with more edges than go into one record."""
     n = 300
@@ -309,6 +310,7 @@ WRITES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cypher", WRITES)
 def test_a_query_writes_only_when_allowed(store: GraphStore, reopen: Opener, cypher: str) -> None:
     state = "MATCH (f:Feature) RETURN f AS f ORDER BY f.key"
@@ -384,6 +386,7 @@ def test_rows_over_the_limit_are_not_fetched(store: GraphStore) -> None:
     assert store.answer(text, limits=QueryLimits(rows=2)).frame().rows() == [("a", 0), ("b", 1)]
 
 
+@pytest.mark.slow
 def test_a_query_that_takes_too_long_is_stopped_and_the_next_is_answered(store: GraphStore) -> None:
     store.merge_nodes("Feature", pl.DataFrame({"key": [f"n{i}" for i in range(400)], "layer": list(range(400))}))
     matched = " ".join(f"MATCH ({name}:Feature)" for name in "abcd")
@@ -442,6 +445,7 @@ def test_where_the_graph_is(monkeypatch: pytest.MonkeyPatch) -> None:
 # The embedded store's own traps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_graph_of_an_earlier_featlas_gets_what_it_lacks_when_it_is_opened(tmp_path: Path, read_only: bool) -> None:
     """Columns of nodes and edges, and whole tables, are added in place; what was there stays."""
@@ -463,6 +467,7 @@ def test_a_graph_of_an_earlier_featlas_gets_what_it_lacks_when_it_is_opened(tmp_
         store.merge_edges("WIRED", pl.DataFrame({"source": ["a"], "target": ["b"], "path": ["residual"]}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cypher", [
     "COPY (MATCH (f:Feature) RETURN f.key) TO '{folder}/out.csv'", "EXPORT DATABASE '{folder}/exported' (format='csv')",
     "LOAD FROM '{folder}/in.csv' RETURN *", "MATCH (f:Feature) LOAD FROM '{folder}/in.csv' RETURN *",
@@ -487,6 +492,7 @@ def in_another_process(code: str, *arguments: object) -> subprocess.CompletedPro
 OPEN = "import sys; from featlas.queries.store import open_graph; open_graph(sys.argv[1], read_only=len(sys.argv) > 2).query('RETURN 1 AS x')"
 
 
+@pytest.mark.slow
 def test_a_second_writing_process_is_refused_with_the_first_ones_number(tmp_path: Path) -> None:
     with open_graph(tmp_path) as store:
         store.merge_nodes("Run", pl.DataFrame({"key": ["r"]}))
@@ -567,6 +573,7 @@ for i in range(50):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_sequences(tmp_path: Path) -> None:
     """Edges and mark are one: every marked sequence has its 2000 edges, no other has any, and the graph can be written again."""
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -584,6 +591,7 @@ def test_a_killed_writer_leaves_whole_sequences(tmp_path: Path) -> None:
         assert store.commit_sequence("r", "s49", EDGE.with_columns(source=pl.lit("f0"), target=pl.Series(["f1", "f2"])), {}) == ("s49" not in marked)
 
 
+@pytest.mark.slow
 def test_a_torn_log_costs_only_the_transaction_that_was_not_committed(tmp_path: Path) -> None:
     code = WRITER.replace('print("ready", flush=True)', "os.kill(os.getpid(), signal.SIGKILL)")
     assert in_another_process(code, tmp_path).returncode == -9
@@ -595,6 +603,7 @@ def test_a_torn_log_costs_only_the_transaction_that_was_not_committed(tmp_path: 
         assert isinstance(store, LadybugStore)
 
 
+@pytest.mark.slow
 def test_copy_and_the_mark_in_one_transaction_would_not_survive_a_crash(tmp_path: Path) -> None:
     """Why edges are not written by COPY: its rows are on disk only after the checkpoint, the mark at the commit."""
     code = """

@@ -333,6 +333,7 @@ def test_accuracy_as_the_default_metric_is_averaged_as_it_can_be(study) -> None:
 # --- circuits of single sequences -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", [Baseline.COUNTERFACTUAL, Baseline.RESAMPLE])
 def test_circuits_of_single_sequences_are_tested_on_them_beside_the_common_one(store, study, baseline) -> None:
     study = replace(study, baseline=baseline, options=replace(study.options, draws=2, metrics=(Metric.LOGIT_DIFF,)))

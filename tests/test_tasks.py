@@ -60,6 +60,7 @@ def tokens(tokenizer: Any, text: str) -> list[int]:
 # ---- the generators
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_pairs_fit_the_tokenizer(name: str, tokenizer: Any) -> None:
     pairs = build_task(name, tokenizer, n=120)
@@ -75,6 +76,7 @@ def test_pairs_fit_the_tokenizer(name: str, tokenizer: Any) -> None:
         assert pair.task == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_labels_are_balanced_and_draws_are_repeatable(name: str, tokenizer: Any) -> None:
     pairs = build_task(name, tokenizer, n=64, seed=3)
@@ -161,6 +163,7 @@ def test_value_of_an_expression(parts: list[tuple[str, bool]]) -> None:
     assert _value(literals, operators) == eval(spelt)
 
 
+@pytest.mark.slow
 def test_professions_differ_and_gender_does_not(tokenizer: Any) -> None:
     gender = {**dict.fromkeys(words.FEMALE_NAMES, "female"), **dict.fromkeys(words.MALE_NAMES, "male")}
     pairs = build_task("profession_gender", tokenizer, n=240)

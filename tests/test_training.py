@@ -56,6 +56,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_training_saves_what_sae_lens_and_the_loader_read(tmp_path: Path, model: LoadedModel, corpus: Path) -> None:
     seen: list[Progress] = []
     trained = train_dictionaries(model, corpus, tmp_path, replace(OPTIONS, epochs=4, learning_rate=1e-2), progress=seen.append)
@@ -88,6 +89,7 @@ class Killed(Exception):
     """Stands for the end of the process in the middle of the work."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "step"), [("capture", 2), ("resid_0", 1), ("mlp_1", 1)])
 def test_an_interrupted_training_ends_like_an_uninterrupted_one(tmp_path: Path, model: LoadedModel, corpus: Path, stage: str, step: int) -> None:
     train_dictionaries(model, corpus, tmp_path / "whole", OPTIONS)
@@ -162,6 +164,7 @@ def test_divergence_is_reported_with_the_site(tmp_path: Path, model: LoadedModel
     assert not (tmp_path / "resid_0").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", list(Architecture))
 def test_every_architecture_trains_and_loads(tmp_path: Path, model: LoadedModel, corpus: Path, architecture: Architecture) -> None:
     options = replace(OPTIONS, sites=(parse_site("attn_1"),), architecture=architecture, sparsity=0.05, epochs=6, heads=True, save_dtype="float16")
@@ -275,6 +278,7 @@ def test_nothing_to_evaluate_is_said(model: LoadedModel) -> None:
         evaluate_dictionaries(model, dictionaries_of({parse_site("resid_1"): identity(16)}), [torch.tensor([1])])
 
 
+@pytest.mark.slow
 def test_blocks_of_text_are_no_longer_than_the_model_s_context(tmp_path: Path, corpus: Path, featlas: Callable[..., tuple[int, str, str]]) -> None:
     folder = save_tiny(tmp_path / "tiny")  # it reads 64 tokens; blocks of text are 128 unless --length says otherwise
     small = ("--model", folder, "--sites", "resid_0", "--corpus", corpus, "--tokens", 5000, "--epochs", 1, "--width", 24, "--k", 4)

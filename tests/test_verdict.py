@@ -150,6 +150,7 @@ def fresh(request: pytest.FixtureRequest, tiny: TinyAtlas, tmp_path: Path) -> It
         yield graph, statistics, opened(graph, tiny)
 
 
+@pytest.mark.slow
 def test_written_twice_is_written_once(fresh) -> None:
     store, statistics, study = fresh
     plan = plan_sweep(store, study, SweepOptions(shares=(0.4, 0.7, 1), held_out=3))
@@ -282,6 +283,7 @@ def test_names_that_a_person_reads(store, study) -> None:
     assert names[stem + "error"] == "resid_0/error"
 
 
+@pytest.mark.slow
 def test_effects_on_the_graph_are_the_means_measured(tiny, tmp_path) -> None:
     folder = tiny.copied(tmp_path)
     with open_graph(folder) as store, StatisticsStore(folder) as statistics:

@@ -375,6 +375,7 @@ def test_random_partitions_have_the_regions_sizes(verdict):
     assert all(sorted(own.live.tolist()) == first for own in drawn)
 
 
+@pytest.mark.slow
 def test_it_is_the_engine_of_language_models_and_reproducible(digits, verdict, monkeypatch):
     calls = []
     monkeypatch.setattr(study_module, "ablate_nodes", lambda batch, sets, **rest: calls.append(len(sets)) or ablate_nodes(batch, sets, **rest))
