@@ -74,20 +74,21 @@ def _some(pairs: PairBatch, own: Tensor) -> PairBatch:
     return replace(pairs, pairs=tuple(pairs.pairs[i] for i in own.tolist()), **tensors)
 
 
-def tiny_binding(family: str, n_layers: int = 2, **sizes: int) -> Binding:
+def tiny_binding(family: str, n_layers: int = 2, *, dtype: torch.dtype = torch.float32, **sizes: int) -> Binding:
     """A bound tiny model; the same object for the same arguments."""
-    key = (family, n_layers, *sorted(sizes.items()))
+    key = (family, n_layers, dtype, *sorted(sizes.items()))
     if key not in _BINDINGS:
-        _BINDINGS[key] = bind(tiny_module(family, n_layers=n_layers, **sizes))
+        _BINDINGS[key] = bind(tiny_module(family, n_layers=n_layers, dtype=dtype, **sizes))
     return _BINDINGS[key]
 
 
 def tiny_case(
     family="llama", kinds: Mapping[str, str] | str = "topk", names=("embed", "attn_0", "mlp_0", "resid_0", "mlp_1"), *,
     baseline=ARBITRARY, n_layers=2, d_model=8, d_sae=8, heads=False, batch=2, length=4, target=None, seed=0,
+    dtype=torch.float32,
 ) -> Case:  # fmt: skip
     """A case with random dictionaries at the named sites; `kinds` is one for all sites, or one per name."""
-    binding = tiny_binding(family, n_layers, d_model=d_model, n_heads=2)
+    binding = tiny_binding(family, n_layers, d_model=d_model, n_heads=2, dtype=dtype)
     pairs = tiny_pairs(batch, length, seed=seed + 5)
     pairs = replace(pairs, donor=pairs.clean.roll(1, 0) if batch > 1 else (pairs.clean + 11) % 48)
     dictionaries = {}
@@ -96,7 +97,8 @@ def tiny_case(
         basis = Basis.HEADS if site.kind is SiteKind.ATTN and (heads or kind == "per_head_linear") else Basis.RESIDUAL
         values = binding.forward(pairs.clean, {site: basis}).values[site]
         width = binding.width(site, basis)
-        dictionaries[site] = tiny_dictionary(kind, width, seed=seed + i, basis=basis, sample=values, n_heads=2, d_sae=d_sae)
+        drawn = tiny_dictionary(kind, width, seed=seed + i, basis=basis, sample=values.float(), n_heads=2, d_sae=d_sae)
+        dictionaries[site] = drawn.to("cpu", dtype)
     case = Case(binding, dictionaries, pairs, {}, target)
     return replace(case, base=base_of(case, baseline, seed))
 
@@ -106,10 +108,10 @@ def base_of(case: Case, baseline: str, seed: int = 0) -> dict[Site, NodeValues]:
     """A baseline of every node, over all positions of the sequences."""
     values = case.binding.forward(case.pairs.clean, {site: d.basis for site, d in case.dictionaries.items()}).values
     generator = torch.Generator().manual_seed(seed + 31)
-    random_like = lambda x: torch.randn(x.shape, generator=generator)
+    random_like = lambda x: torch.randn(x.shape, generator=generator).to(x.dtype)
     if baseline == ARBITRARY:
         return {s: NodeValues(random_like(d.encode(values[s])), random_like(values[s])) for s, d in case.dictionaries.items()}
-    uniform = lambda width: torch.rand(width, generator=generator)
+    uniform = lambda width: torch.rand(width, generator=generator).to(case.binding.precision)
     moments = {s: NodeMoments(uniform(d.d_sae), uniform(d.d_in), uniform(d.d_sae), uniform(d.d_in)) for s, d in case.dictionaries.items()}
     return baseline_nodes(case.binding, case.dictionaries, case.pairs, values, Baseline(baseline), moments=moments, seed=seed)
 
@@ -161,7 +163,10 @@ class Experiment:
 
 
 def random_experiment(seed: int) -> Experiment:
-    """Every choice drawn: family, layers, sites, dictionaries, basis, baseline, target, positions, density, complement, error nodes."""
+    """Every choice drawn: family, layers, sites, dictionaries, basis, baseline, target, positions, density, complement, error nodes.
+
+    In double precision: among many random cases some magnify single precision's rounding, which differs from processor to processor.
+    """
     rng = random.Random(seed)
     family, n_layers = FAMILIES[seed % len(FAMILIES)], rng.choice([1, 2, 2, 3])
     every = ["embed", *(f"{kind}_{layer}" for layer in range(n_layers) for kind in ("attn", "mlp", "resid"))]
@@ -169,7 +174,8 @@ def random_experiment(seed: int) -> Experiment:
     attention = lambda name: name.startswith("attn") and rng.random() < 0.3
     kinds = {name: "per_head_linear" if attention(name) else rng.choice(WITHOUT_HEADS) for name in names}
     sizes = {"batch": rng.choice([1, 2]), "length": rng.choice([3, 4]), "d_sae": rng.choice([5, 7]), "seed": seed}
-    case = tiny_case(family, kinds, names, baseline=rng.choice(BASELINES), n_layers=n_layers, heads=rng.random() < 0.3, **sizes)
+    baseline, heads = rng.choice(BASELINES), rng.random() < 0.3
+    case = tiny_case(family, kinds, names, baseline=baseline, n_layers=n_layers, heads=heads, dtype=torch.float64, **sizes)
     case = replace(case, target=_random_target(case, rng))
     by_position = rng.random() < 0.4
     edges = [
@@ -194,5 +200,6 @@ def _random_target(case: Case, rng: random.Random) -> object | None:
         site = rng.choice(reading)
         basis = rng.choice(list(Basis)) if site.kind is SiteKind.ATTN else Basis.RESIDUAL
         weight = torch.randn(case.binding.width(site, basis), generator=torch.Generator().manual_seed(rng.randrange(1000)))
-        return ProbeTarget(site, weight, torch.tensor(0.5), pos, basis=basis)
+        weight = weight.to(case.binding.precision)
+        return ProbeTarget(site, weight, torch.tensor(0.5, dtype=weight.dtype), pos, basis=basis)
     return None

@@ -63,10 +63,10 @@ def random_means(dictionaries, seed=9):
     return {s: NodeMoments(torch.rand(d.d_sae, generator=generator), torch.rand(d.d_in, generator=generator)) for s, d in dictionaries.items()}
 
 
-def random_moments(dictionaries, n_pos=4, seed=9):
+def random_moments(dictionaries, n_pos=4, seed=9, dtype=torch.float32):
     """Some means, over positions and of the first `n_pos`, and deviations: small ones, so that noise leaves the path short."""
     generator = torch.Generator().manual_seed(seed)
-    random = lambda *shape: torch.rand(*shape, generator=generator)
+    random = lambda *shape: torch.rand(*shape, generator=generator).to(dtype)
     return {
         s: NodeMoments(random(d.d_sae), random(d.d_in), 0.2 * random(d.d_sae), 0.2 * random(d.d_in), random(n_pos, d.d_sae), random(n_pos, d.d_in))
         for s, d in dictionaries.items()
@@ -74,7 +74,7 @@ def random_moments(dictionaries, n_pos=4, seed=9):
 
 
 def in_float64(case):
-    """The same case in double precision: for finite differences (of the families whose norms do not compute in float32: GPT-2, GPT-NeoX)."""
+    """The same case in float64; but the norms of all families but GPT-2 and GPT-NeoX compute in float32, too little for finite differences."""
     binding, dictionaries, batch = case
     binding.module.double()
     return binding, {s: d.to("cpu", torch.float64) for s, d in dictionaries.items()}, batch

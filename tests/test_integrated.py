@@ -96,8 +96,9 @@ CORPUS = [{"baseline": Baseline.MEAN, "per_position": True}, {"baseline": Baseli
 @pytest.mark.parametrize("kind", ["topk", slow("relu/layer_norm")])
 @pytest.mark.parametrize("n", [1, 3])
 def test_equal_to_the_definition_from_moments_of_a_corpus(choice, kind, n):
-    case = setting("llama", kind, ("resid_0", "mlp_1", "resid_1"), batch=1)
-    assert_as_defined(case, steps(n, **choice), random_moments(case[1]))
+    """In double precision: noise lets single precision lose more than the tolerance, how much depends on the processor."""
+    case = in_float64(setting("llama", kind, ("resid_0", "mlp_1", "resid_1"), batch=1))
+    assert_as_defined(case, steps(n, **choice), random_moments(case[1], dtype=torch.float64))
 
 
 def donated(batch):

@@ -123,7 +123,7 @@ def test_every_task_without_every_part(store, study, mixture) -> None:
         expected = batch.measure(left, Metric.LOGIT_DIFF)[0].tolist()
         for pair, value in zip(batch.pairs.pairs, expected, strict=True):
             own = mixture.values.filter(method=name, ablation=ablation.value, sequence=pair.key, metric="logit_diff")
-            assert own["value"].to_list() == [pytest.approx(value, abs=1e-5)]
+            assert own["value"].to_list() == [pytest.approx(value, abs=5e-5)]  # of logits, in float32
 
 
 def test_the_table_is_ratios_and_means_of_the_values(mixture) -> None:
