@@ -279,10 +279,13 @@ def read_all(place: Place, n_edges: int) -> int:
 
 
 def ask_all(place: Place) -> Iterator[dict[str, Any]]:
-    """Each named query once, warm (an overview was asked before), within a time limit: name, seconds, rows; seconds None where it was stopped."""
+    """Each named query once, warm (an overview was asked before), within a time limit: name, seconds, rows; seconds None where it was stopped.
+
+    Or why it failed.
+    """
     from featlas.queries.library import bound_query, list_queries
     from featlas.queries.schema import block_key
-    from featlas.queries.store import QueryLimits, QueryTooSlow, graph_target, open_graph
+    from featlas.queries.store import QueryLimits, QueryTooSlow, StoreFailed, graph_target, open_graph
 
     known = {
         "run": RUN, "other_run": RUN, "sequence": f"{0:024d}", "site": f"resid_{N_SITES - 3}", "parcellation": PARCELLATION, "task": "one",
@@ -308,6 +311,9 @@ def ask_all(place: Place) -> Iterator[dict[str, Any]]:
                 wall = time.perf_counter() - started
             except QueryTooSlow:
                 rows = wall = None
+            except StoreFailed as error:  # its memory
+                yield {"step": f"query {query.name}", "failed": str(error)}
+                continue
             yield {"step": f"query {query.name}", "wall": wall, "cpu": place.cpu_seconds() - cpu, "rows": rows}
 
 

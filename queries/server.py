@@ -307,7 +307,12 @@ def _passes(error: DriverError | Neo4jError) -> bool:
 
 def _is_crowded(error: DriverError | Neo4jError) -> bool:
     """Whether a server that answers could not do it beside what others do: a deadlock, a lock, its memory."""
-    return (getattr(error, "code", None) or "").startswith("Neo.TransientError.Transaction.")
+    return (getattr(error, "code", None) or "").startswith("Neo.TransientError.Transaction.") or _lacks_memory(error)
+
+
+def _lacks_memory(error: DriverError | Neo4jError) -> bool:
+    """Whether a transaction wanted more memory than the server has, or gives to all transactions or to one."""
+    return "OutOfMemory" in (getattr(error, "code", None) or "")
 
 
 def _lost(error: DriverError | Neo4jError, uri: str) -> StoreUnreachable:
@@ -357,6 +362,11 @@ def _readable(error: Neo4jError | DriverError, uri: str, database: str | None, u
         return WriteRefused("it would change the graph")
     if users_query and isinstance(error, ClientError):
         return QueryRejected(message)
+    if _lacks_memory(error):
+        return StoreFailed(
+            f"{uri} has not the memory for this ({_one_line(message)[:200]}): ask for less (one run, one task, one site), or start the server with "
+            "more (`featlas neo4j up --heap-mb 8192`; elsewhere server.memory.heap.max_size)"
+        )
     if any(sign in message.lower() for sign in _UNWRITTEN):
         return StoreFailed(
             f"{uri} could not write ({_one_line(message)[:100]}…): its disk may be full. Stop it first, while the disk is full "

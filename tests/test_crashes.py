@@ -22,7 +22,7 @@ from featlas.files import DiskFull, is_full, whole, write_text
 from featlas.queries import server as server_module
 from featlas.queries.server import Neo4jStore
 from featlas.queries.statistics import NotAStatisticsStore, StatisticsStore
-from featlas.queries.store import ServerCredentials, StoreUnreachable
+from featlas.queries.store import ServerCredentials, StoreFailed, StoreUnreachable
 from neo4j.exceptions import Neo4jError, ServiceUnavailable
 
 from .proxy import Proxy
@@ -256,6 +256,25 @@ def test_a_server_that_is_busy_with_others_did_not_go_away(monkeypatch: pytest.M
     assert "is busy with others" in caplog.text
     with pytest.raises(StoreUnreachable, match="went away"):
         store._patiently(lambda: (_ for _ in ()).throw(ServiceUnavailable("no route")))
+
+
+def test_a_server_without_the_memory_for_a_query_is_told_from_one_that_went_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "PATIENCE_S", 0.0)
+    store = object.__new__(Neo4jStore)
+    store.uri = "bolt://127.0.0.1:1"
+
+    def too_big() -> None:
+        text = "The allocation of an extra 2.0 MiB would use more than the limit 1.4 GiB. dbms.memory.transaction.total.max threshold reached"
+        raise Neo4jError._hydrate_neo4j(code="Neo.TransientError.General.MemoryPoolOutOfMemoryError", message=text)
+
+    with pytest.raises(StoreUnreachable, match=r"answers, and could not do this beside what others do there \(.*limit 1.4 GiB"):
+        store._patiently(too_big)
+    for users in (True, False):
+        with (
+            pytest.raises(StoreFailed, match=r"^bolt://127.0.0.1:1 has not the memory for this \(.*limit 1.4 GiB.*--heap-mb"),
+            server_module._readable_errors(store.uri, None, users_query=users),
+        ):
+            too_big()
 
 
 @pytest.mark.slow
