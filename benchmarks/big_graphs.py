@@ -474,7 +474,8 @@ def table() -> str:
         asked = [sorted(row["cpu"] for (step, n), row in own.items() if n == size and step.startswith("query ")) for size in sizes]
         for name, share in (("named queries: median", 0.5), ("… nine of ten below", 0.9), ("… the slowest", 1.0)):
             out.append(_row(name, [_number(times[min(len(times) - 1, int(share * len(times)))]) if times else "" for times in asked]))
-        out += [_row("disk after closing, MB", [_number(own.get(("close run", n), {}).get("disk_mb")) for n in sizes]), ""]
+        written = [own.get(("close run", n)) or own.get(("import: offline importer", n), {}) for n in sizes]
+        out += [_row("disk after closing, MB", [_number(row.get("disk_mb")) for row in written]), ""]
     return "\n".join(out)
 
 
