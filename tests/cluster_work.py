@@ -3,9 +3,11 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 from featlas.errors import UserError
+from featlas.ingest.cluster import run_shards
 
 
 class LongWay(UserError):
@@ -53,3 +55,12 @@ def dying_once(make_worker, marker):
         return result
 
     return done
+
+
+def with_a_death(marker):
+    """`run_shards`, in which one worker dies as `dying_once` does."""
+
+    def run(session, make_worker, *given, **named):
+        run_shards(session, partial(dying_once, make_worker, marker), *given, **named)
+
+    return run

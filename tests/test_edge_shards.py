@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pytest
 from featlas.ingest import edge_shards
-from featlas.ingest.cluster import RaySession, TooManyWorkers, cores, run_shards
+from featlas.ingest.cluster import RaySession, TooManyWorkers, cores
 from featlas.ingest.edge_shards import EdgeShard, EdgeWorker, Identity, WorkerDiffers, block_of, table_of
 from featlas.ingest.effective import EdgeBlock, EdgeSettings
 from featlas.ingest.pipeline import EdgeOptions, ingest_edges, plan_run
@@ -26,7 +26,7 @@ from featlas.queries.import_sink import write_batch
 from featlas.queries.store import SequenceCommit, ServerCredentials, open_graph
 from polars.testing import assert_frame_equal
 
-from .cluster_work import dying_once
+from .cluster_work import with_a_death
 from .micro import save_tiny
 
 ROOT = Path(__file__).parents[1]
@@ -242,10 +242,7 @@ def test_a_worker_killed_half_way_changes_nothing(tiny, tmp_path, alone, monkeyp
     run, expected = alone
     notes = []
 
-    def dying(session, make_worker, *given, **named):
-        run_shards(session, partial(dying_once, make_worker, tmp_path / "died"), *given, **named)
-
-    monkeypatch.setattr(edge_shards, "run_shards", dying)
+    monkeypatch.setattr(edge_shards, "run_shards", with_a_death(tmp_path / "died"))
     summary = ingest_edges(options(tiny, tmp_path / "atlas", workers=2), note=notes.append)
     assert [" died over batch " in note for note in notes] == [False, True], notes
     assert (summary.run, summary.n_edges) == (run, len(expected["ATTRIBUTES"]))

@@ -7,17 +7,15 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 from featlas.ingest import statistics_workers
-from featlas.ingest.cluster import run_shards
 from featlas.ingest.statistics import Between, Measurement, StatisticsOptions, run_measurement, shard_folder, text_corpus
 from featlas.ingest.statistics_workers import Identity, StatisticsJob, StatisticsWorker, WorkerDiffers
 from featlas.queries.statistics import StatisticsStore
 
-from .cluster_work import dying_once
+from .cluster_work import with_a_death
 from .micro import save_tiny_with_corpus
 from .test_statistics_shards import assert_agree, tables
 
@@ -112,10 +110,7 @@ def test_two_workers_of_which_one_is_killed_measure_what_one_process_does(featla
     def progress(label: str, *, quiet: bool = False):
         yield lambda done, total, told: seen.append((done, told))
 
-    def dying(session, make_worker, *given, **named):
-        run_shards(session, partial(dying_once, make_worker, tmp_path / "died"), *given, **named)
-
-    monkeypatch.setattr(statistics_workers, "run_shards", dying)
+    monkeypatch.setattr(statistics_workers, "run_shards", with_a_death(tmp_path / "died"))
     monkeypatch.setattr(statistics_workers, "default_shards", lambda n_batches: 7)
     monkeypatch.setattr("featlas.cli_statistics.console.progress", progress)
     code, out, err = featlas(*words(folder, "--workers", 2, "--atlas", tmp_path / "atlas", "--json"))
